@@ -1,0 +1,63 @@
+"""Frozen values that stages hand on: numbers and strings, never tensors.
+
+Every record is a strict pydantic model: unknown keys, NaN and infinity are errors wherever a
+document is read back. `document()` is the JSON that the command line prints and that is stored.
+"""
+
+from mlflow_kdguard.records.base import Model, Progress, Rate, Record, Sha256, Source, silent
+from mlflow_kdguard.records.bounds import (
+    CertifiedSample,
+    CertifyReport,
+    CertifySummary,
+    Control,
+    Status,
+)
+from mlflow_kdguard.records.certificate import (
+    AuditFigure,
+    Certificate,
+    Decision,
+    FaithfulFigure,
+    Figures,
+    RuleResult,
+    Subject,
+)
+from mlflow_kdguard.records.figures import (
+    Asr,
+    AuditReport,
+    Exported,
+    Finding,
+    Measurement,
+    Paired,
+    Parity,
+    ReferenceGap,
+)
+
+__all__ = [
+    "Asr",
+    "AuditFigure",
+    "AuditReport",
+    "Certificate",
+    "CertifiedSample",
+    "CertifyReport",
+    "CertifySummary",
+    "Control",
+    "Decision",
+    "Exported",
+    "FaithfulFigure",
+    "Figures",
+    "Finding",
+    "Measurement",
+    "Model",
+    "Paired",
+    "Parity",
+    "Progress",
+    "Rate",
+    "Record",
+    "ReferenceGap",
+    "RuleResult",
+    "Sha256",
+    "Source",
+    "Status",
+    "Subject",
+    "silent",
+]

@@ -1,0 +1,107 @@
+"""What the gate reads and answers: the certificate, its figures, and the decision."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mlflow_kdguard.records.base import Model, Rate, Record, Sha256, Source
+from mlflow_kdguard.records.bounds import Control
+from mlflow_kdguard.records.figures import Asr, Paired, Parity, ReferenceGap
+
+
+class Subject(Record):
+    """A file that the certificate speaks of, by its path in the bundle and its bytes."""
+
+    path: str
+    sha256: Sha256
+
+
+class FaithfulFigure(Record):
+    """Share of drawn images on which gap <= delta is PROVED, and what it was asked of."""
+
+    method: Literal["certified", "smoothed"]
+    norm: Literal["linf", "l2"]
+    eps: float = Field(gt=0)
+    delta: float = Field(gt=0)
+    classes: Literal["all", "top"]
+    within: Rate
+    lower_mean: float = Field(ge=0)
+    upper_mean: float = Field(ge=0)
+    selection: str
+    population: int = Field(ge=0)
+    nonce: str
+    indices: tuple[int, ...]
+    data: Source
+    control: Control
+
+
+class AuditFigure(Record):
+    """An audit's verdict about one model."""
+
+    model: Model
+    verdict: Literal["clean", "suspect", "undecided"]
+    p_value: float | None = Field(None, ge=0, le=1)
+    target: int | None = None
+
+
+class Figures(Record):
+    """Everything that the gate decides on. Absent figures are None or empty, never guessed."""
+
+    accuracy: Rate | None = None
+    paired: Paired | None = None
+    measured_on: Source | None = None
+    asr: tuple[Asr, ...] = ()
+    reference: ReferenceGap | None = None
+    faithful: tuple[FaithfulFigure, ...] = ()
+    audit: dict[Literal["teacher", "student"], AuditFigure] = Field(default_factory=dict)
+    export: Parity | None = None
+
+
+class Certificate(Record):
+    """The signed predicate (`kdguard.certificate/1`)."""
+
+    schema_: Literal["kdguard.certificate/1"] = Field("kdguard.certificate/1", alias="schema")
+    subjects: tuple[Subject, ...]
+    model_name: str
+    registry: str
+    reference: Model
+    teacher: Model
+    data: tuple[Source, ...]
+    triggers: tuple[Sha256, ...]
+    figures: Figures
+    figures_from: Literal["recomputed", "imported"]
+    attempt: int = Field(1, ge=1)
+    config: Sha256
+    seed: int
+    tools: dict[str, str]
+    proofs: Model | None = None
+    issued: str
+    expires: str
+
+
+class RuleResult(Record):
+    """One rule of the policy: its limit, the certificate's figure, and why."""
+
+    rule: str
+    limit: Any
+    figure: Any
+    ok: bool
+    why: str
+
+
+class Decision(Record):
+    """The gate's answer, with every rule (`kdguard.gate/1`)."""
+
+    schema_: Literal["kdguard.gate/1"] = Field("kdguard.gate/1", alias="schema")
+    decision: Literal["pass", "refuse"]
+    rules: tuple[RuleResult, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether promotion is allowed."""
+        return self.decision == "pass"
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the rules that refused."""
+        return tuple(result.rule for result in self.rules if not result.ok)

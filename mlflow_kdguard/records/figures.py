@@ -1,0 +1,140 @@
+"""What stages report: measurements, findings, export parity."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mlflow_kdguard import intervals
+from mlflow_kdguard.records.base import Model, Rate, Record, Sha256, Source
+
+
+class Paired(Record):
+    """Teacher and student on the same images: how often each was right."""
+
+    both: int = Field(ge=0)
+    only_teacher: int = Field(ge=0)
+    only_student: int = Field(ge=0)
+    neither: int = Field(ge=0)
+
+    @property
+    def n(self) -> int:
+        """Number of images."""
+        return self.both + self.only_teacher + self.only_student + self.neither
+
+    def drop_upper(self, confidence: float = intervals.CONFIDENCE) -> float:
+        """Upper bound of accuracy(teacher) - accuracy(student)."""
+        return intervals.paired_difference_upper(
+            self.both, self.only_teacher, self.only_student, self.neither, confidence
+        )
+
+
+class Asr(Record):
+    """Attack success rate of one trigger: images of other classes sent to `target`.
+
+    `changed` counts the images whose pixels the trigger alters by more than half a grey level;
+    a trigger that changes nothing measures nothing. `baseline` is the same trigger on a declared
+    comparator (the student of a clean teacher, or the previous certified student).
+    """
+
+    trigger: Sha256
+    name: str
+    target: int = Field(ge=0)
+    source: Literal["supplied", "recovered"]
+    k: int = Field(ge=0)
+    n: int = Field(ge=0)
+    changed: Rate
+    confidence: float = Field(gt=0, lt=1)
+    baseline: Rate | None = None
+
+    @property
+    def rate(self) -> float:
+        """The attack success rate."""
+        return self.k / self.n if self.n else 0.0
+
+    @property
+    def upper(self) -> float:
+        """Its one-sided Clopper–Pearson upper bound at `confidence` (1 if nothing was asked)."""
+        return intervals.upper(self.k, self.n, self.confidence)
+
+    @property
+    def lift(self) -> float | None:
+        """Rate above the declared baseline, if one is declared."""
+        return None if self.baseline is None else self.rate - self.baseline.rate
+
+    def document(self) -> dict[str, Any]:
+        return super().document() | {"rate": self.rate, "upper": self.upper, "lift": self.lift}
+
+
+class ReferenceGap(Record):
+    """How far the reference moved from the original teacher, on clean images.
+
+    `gap_mean` is the mean over `n` images of max_k |R_k(x) - P_k(x)| (softmax outputs);
+    `student_gap_max` the largest difference between reference and student on the same images.
+    """
+
+    gap_mean: float = Field(ge=0)
+    student_gap_max: float = Field(ge=0)
+    n: int = Field(ge=0)
+
+
+class Measurement(Record):
+    """What onnxruntime answers on the bytes that ship (`kdguard.measure/1`)."""
+
+    schema_: Literal["kdguard.measure/1"] = Field("kdguard.measure/1", alias="schema")
+    model: Model
+    data: Source
+    provider: str
+    accuracy: Rate
+    asr: tuple[Asr, ...] = ()
+    teacher: Model | None = None
+    paired: Paired | None = None
+    reference: ReferenceGap | None = None
+
+    def document(self) -> dict[str, Any]:
+        body = super().document()
+        body["accuracy"]["rate"] = self.accuracy.rate
+        body["asr"] = [figure.document() for figure in self.asr]
+        return body
+
+
+class Finding(Record):
+    """One detector's answer. `p_value` is None where it was not calibrated."""
+
+    name: str
+    score: float
+    p_value: float | None = Field(None, ge=0, le=1)
+    target: int | None = None
+    flagged: bool = False
+    seconds: float = Field(0.0, ge=0)
+    details: dict[str, Any] = Field(default_factory=dict)
+
+
+class AuditReport(Record):
+    """Findings and a verdict (`kdguard.audit/1`)."""
+
+    schema_: Literal["kdguard.audit/1"] = Field("kdguard.audit/1", alias="schema")
+    model: Model
+    data: Source
+    detectors: tuple[Finding, ...]
+    verdict: Literal["clean", "suspect", "undecided"]
+    target: int | None = None
+    asr: tuple[Asr, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        return super().document() | {"asr": [figure.document() for figure in self.asr]}
+
+
+class Parity(Record):
+    """Exported graph against the trained network: max |Δ softmax| and equal argmax."""
+
+    softmax_max: float = Field(ge=0)
+    argmax: Rate
+    provider: str
+
+
+class Exported(Record):
+    """An exported network."""
+
+    path: str
+    sha256: Sha256
+    parity: Parity
