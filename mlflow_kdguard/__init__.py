@@ -15,7 +15,7 @@ _PUBLIC = {
     "guard": "mlflow_kdguard.pipeline",
 }
 
-__all__ = ["GuardConfig", "KDGuardError", "__version__", "guard"]  # noqa: F822  (lazy names)
+__all__ = ["GuardConfig", "KDGuardError", "__version__", "guard"]
 
 
 def __getattr__(name: str) -> Any:

@@ -39,7 +39,9 @@ class RunSection(Section):
 class DataSection(Section):
     """Images, by URI (`docs/reference/data.md`)."""
 
-    transfer: str = Field("mnist5k#train[:3500]", description="images that the student is distilled on")
+    transfer: str = Field(
+        "mnist5k#train[:3500]", description="images that the student is distilled on"
+    )
     clean: str = Field("mnist5k#train[3500:]", description="small, trusted, labelled set")
     test: str = Field("mnist5k#test", description="held-out labelled images for every figure")
     root: str | None = Field(None, description="folder of torchvision data sets")
@@ -201,7 +203,9 @@ class GuardConfig(Section):
     @property
     def digest(self) -> str:
         """SHA-256 of all values that can change a figure (not where files and servers are)."""
-        return digest_json(self.model_dump(mode="json", exclude={"registry": True, "run": {"work_dir"}}))
+        return digest_json(
+            self.model_dump(mode="json", exclude={"registry": True, "run": {"work_dir"}})
+        )
 
 
 def load(path: Path | None = None, overrides: Sequence[str] = ()) -> GuardConfig:
@@ -220,7 +224,9 @@ def parse(values: Mapping[str, Any], where: str) -> GuardConfig:
     try:
         return GuardConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {explain(error)}", remedy="See `kdguard run --help`.") from error
+        raise ConfigError(
+            f"{where}: {explain(error)}", remedy="See `kdguard run --help`."
+        ) from error
 
 
 def explain(error: ValidationError) -> str:

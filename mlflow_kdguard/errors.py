@@ -102,7 +102,7 @@ class CertificateError(KDGuardError):
     exit_code = 8
 
 
-class Interrupted(KDGuardError):
+class Interrupted(KDGuardError):  # noqa: N818  (a request that was heard, not an error)
     """Ctrl-C or SIGTERM: what was finished is kept, and the message says how to go on."""
 
     exit_code = 130

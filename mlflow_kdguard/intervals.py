@@ -5,6 +5,7 @@ one-sided bound, never as a point.
 """
 
 from collections.abc import Sequence
+from math import hypot, prod, sqrt
 
 from scipy.stats import beta, norm
 
@@ -53,7 +54,7 @@ def wilson(k: int, n: int, z: float) -> tuple[float, float]:
     """Wilson score interval of a rate at `z` standard errors."""
     p, z2 = k / n, z * z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z * ((p * (1 - p) + z2 / (4 * n)) / n) ** 0.5 / (1 + z2 / n)
+    half = z * sqrt((p * (1 - p) + z2 / (4 * n)) / n) / (1 + z2 / n)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
@@ -67,6 +68,8 @@ def paired_difference_upper(
     which both, only the first, only the second, or neither succeeded. Returns 1 without items.
     """
     n = both + only_first + only_second + neither
+    for cell in (both, only_first, only_second, neither):
+        _checked(cell, n, confidence)
     if n == 0:
         return 1.0
     z = float(norm.ppf(confidence))
@@ -75,28 +78,33 @@ def paired_difference_upper(
     upper1, lower2 = wilson(k1, n, z)[1], wilson(k2, n, z)[0]
     phi = _newcombe_phi(both, only_first, only_second, neither)
     d1, d2 = upper1 - p1, p2 - lower2
-    return min(1.0, p1 - p2 + max(0.0, d1 * d1 - 2 * phi * d1 * d2 + d2 * d2) ** 0.5)
+    return min(1.0, p1 - p2 + sqrt(max(0.0, d1 * d1 - 2 * phi * d1 * d2 + d2 * d2)))
 
 
 def independent_difference_upper(
     k1: int, n1: int, k2: int, n2: int, confidence: float = CONFIDENCE
 ) -> float:
-    """One-sided upper bound of rate₁ - rate₂ on different items (Newcombe 1998, method 10).
+    """One-sided upper bound of rate₁ - rate₂ on different items.
 
+    Newcombe's square-and-add score interval (Statistics in Medicine 17, 1998, 873, method 10).
     Returns 1 when either rate was never measured.
     """
+    _checked(k1, n1, confidence)
+    _checked(k2, n2, confidence)
     if n1 == 0 or n2 == 0:
         return 1.0
     z = float(norm.ppf(confidence))
     p1, p2 = k1 / n1, k2 / n2
-    return min(1.0, p1 - p2 + ((wilson(k1, n1, z)[1] - p1) ** 2 + (p2 - wilson(k2, n2, z)[0]) ** 2) ** 0.5)
+    up, down = wilson(k1, n1, z)[1] - p1, p2 - wilson(k2, n2, z)[0]
+    return min(1.0, p1 - p2 + hypot(up, down))
 
 
-def _newcombe_phi(a: int, b: int, c: int, d: int) -> float:
-    product = (a + b) * (c + d) * (a + c) * (b + d)
-    if product == 0:
+def _newcombe_phi(both: int, only_first: int, only_second: int, neither: int) -> float:
+    n = both + only_first + only_second + neither
+    margins = (both + only_first, only_second + neither, both + only_second, only_first + neither)
+    if 0 in margins:
         return 0.0
-    n, determinant = a + b + c + d, a * d - b * c
+    determinant = float(both * neither - only_first * only_second)
     if determinant > 0:
-        determinant = max(0, determinant - n / 2)  # type: ignore[assignment]
-    return float(determinant) / float(product) ** 0.5
+        determinant = max(0.0, determinant - n / 2)
+    return determinant / prod(sqrt(margin) for margin in margins)
