@@ -1,0 +1,1 @@
+"""Networks: the zoo, taps on any network, safe loading, and graphs as torch modules."""
