@@ -1,0 +1,72 @@
+"""The device that work runs on: asked for by name, never replaced in silence."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+from mlflow_kdguard.errors import DeviceError
+
+Name = Literal["auto", "cpu", "cuda"]
+
+
+def pick(name: Name) -> torch.device:
+    """The device called `name`; `auto` takes CUDA where it is present.
+
+    Raises DeviceError where CUDA is asked for by name and absent, or the name is unknown.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise DeviceError(f"there is no device called {name!r}.", remedy="Use auto, cpu or cuda.")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise DeviceError(
+            "device cuda was asked for, and torch finds no CUDA device here.",
+            remedy="Use --device cpu, or a machine with a GPU and a CUDA build of torch.",
+        )
+    # cuBLAS reads this once, before its first call; without it matrix products may differ by run.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def providers(device: torch.device) -> list[str | tuple[str, dict[str, Any]]]:
+    """The onnxruntime execution providers that compute on `device`, in full float32.
+
+    Which provider really ran is for the session to ask afterwards: onnxruntime itself falls back
+    to the CPU with a warning only.
+    """
+    if device.type == "cpu":
+        return ["CPUExecutionProvider"]
+    options = {"device_id": device.index or 0, "use_tf32": 0}
+    return [("CUDAExecutionProvider", options)]
+
+
+def describe(device: torch.device) -> str:
+    """The device as records name it, such as `cpu` or `cuda:0 NVIDIA H100`."""
+    if device.type == "cpu":
+        return "cpu"
+    return f"cuda:{device.index or 0} {torch.cuda.get_device_name(device)}"
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Within the block the same work on `device` gives the same bits; settings are restored after.
+
+    On the CPU that holds as it is (for one number of threads). On CUDA: deterministic kernels
+    where they exist, no autotuning, no TF32.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+        ):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)

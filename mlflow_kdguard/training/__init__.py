@@ -1,0 +1,20 @@
+"""The one training loop: teachers, poisoning, unlearning and students all go through `fit`."""
+
+from mlflow_kdguard.training.batches import derive
+from mlflow_kdguard.training.checkpoint import state_sha256
+from mlflow_kdguard.training.inference import accuracy, evaluating, predict
+from mlflow_kdguard.training.loop import Fitted, fit
+from mlflow_kdguard.training.run import Batch, Loss, one_cycle
+
+__all__ = [
+    "Batch",
+    "Fitted",
+    "Loss",
+    "accuracy",
+    "derive",
+    "evaluating",
+    "fit",
+    "one_cycle",
+    "predict",
+    "state_sha256",
+]
