@@ -4,7 +4,18 @@ Every record is a strict pydantic model: unknown keys, NaN and infinity are erro
 document is read back. `document()` is the JSON that the command line prints and that is stored.
 """
 
-from mlflow_kdguard.records.base import Model, Progress, Rate, Record, Sha256, Source, silent
+from mlflow_kdguard.records.base import (
+    Count,
+    Model,
+    Progress,
+    Rate,
+    Record,
+    Sha256,
+    Source,
+    format_time,
+    parse_time,
+    silent,
+)
 from mlflow_kdguard.records.bounds import (
     CertifiedSample,
     CertifyReport,
@@ -19,6 +30,7 @@ from mlflow_kdguard.records.certificate import (
     FaithfulFigure,
     Figures,
     RuleResult,
+    Signatory,
     Subject,
 )
 from mlflow_kdguard.records.figures import (
@@ -41,6 +53,7 @@ __all__ = [
     "CertifyReport",
     "CertifySummary",
     "Control",
+    "Count",
     "Decision",
     "Exported",
     "FaithfulFigure",
@@ -56,8 +69,11 @@ __all__ = [
     "ReferenceGap",
     "RuleResult",
     "Sha256",
+    "Signatory",
     "Source",
     "Status",
     "Subject",
+    "format_time",
+    "parse_time",
     "silent",
 ]

@@ -1,7 +1,8 @@
 """What every record is made of: a frozen base, a rate, and things named by their digest."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from datetime import UTC, datetime
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,6 +12,22 @@ Progress = Callable[[str, int, int, Mapping[str, float]], None]
 """Called by long work: (what, done, total, figures so far)."""
 
 Sha256 = str
+
+Count = Annotated[int, Field(ge=0, le=1_000_000_000)]
+"""How many: bounded, so that a made-up number in a certificate cannot overflow a bound."""
+
+
+def format_time(moment: datetime) -> str:
+    """A moment as certificates and keys write it: ISO 8601, UTC, whole seconds."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def parse_time(text: str) -> datetime:
+    """The moment that an ISO 8601 text names; ValueError where it names none or no time zone."""
+    moment = datetime.fromisoformat(text)
+    if moment.utcoffset() is None:
+        raise ValueError(f"{text!r} has no time zone")
+    return moment
 
 
 def silent(_what: str, _done: int, _total: int, _figures: Mapping[str, float]) -> None:
@@ -32,8 +49,8 @@ class Record(BaseModel):
 class Rate(Record):
     """k of n, read through its bounds."""
 
-    k: int = Field(ge=0)
-    n: int = Field(ge=0)
+    k: Count
+    n: Count
 
     @model_validator(mode="after")
     def _k_among_n(self) -> "Rate":

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mlflow_kdguard.records.base import Model, Rate, Record, Sha256, Source
+from mlflow_kdguard.records.base import Count, Model, Rate, Record, Sha256, Source
 from mlflow_kdguard.records.bounds import Control
 from mlflow_kdguard.records.figures import Asr, Paired, Parity, ReferenceGap
 
@@ -17,7 +17,10 @@ class Subject(Record):
 
 
 class FaithfulFigure(Record):
-    """Share of drawn images on which gap <= delta is PROVED, and what it was asked of."""
+    """Share of drawn images on which gap <= delta is PROVED, and what it was asked of.
+
+    `eps` is the radius of the ball; `sigma` the noise of a smoothed network, None for others.
+    """
 
     method: Literal["certified", "smoothed"]
     norm: Literal["linf", "l2"]
@@ -28,11 +31,12 @@ class FaithfulFigure(Record):
     lower_mean: float = Field(ge=0)
     upper_mean: float = Field(ge=0)
     selection: str
-    population: int = Field(ge=0)
+    population: Count
     nonce: str
     indices: tuple[int, ...]
     data: Source
     control: Control
+    sigma: float | None = Field(None, gt=0)
 
 
 class AuditFigure(Record):
@@ -45,9 +49,13 @@ class AuditFigure(Record):
 
 
 class Figures(Record):
-    """Everything that the gate decides on. Absent figures are None or empty, never guessed."""
+    """Everything that the gate decides on. Absent figures are None or empty, never guessed.
+
+    `teacher` is the model that `paired` and `reference` compare with: the original teacher.
+    """
 
     accuracy: Rate | None = None
+    teacher: Model | None = None
     paired: Paired | None = None
     measured_on: Source | None = None
     asr: tuple[Asr, ...] = ()
@@ -70,13 +78,21 @@ class Certificate(Record):
     triggers: tuple[Sha256, ...]
     figures: Figures
     figures_from: Literal["recomputed", "imported"]
-    attempt: int = Field(1, ge=1)
+    attempt: int = Field(1, ge=1, le=10_000)
     config: Sha256
     seed: int
     tools: dict[str, str]
     proofs: Model | None = None
     issued: str
     expires: str
+
+
+class Signatory(Record):
+    """Who signed: a key (SHA-256 of its DER public key), its owner and its role."""
+
+    key: Sha256
+    owner: str
+    role: Literal["builder", "verifier"]
 
 
 class RuleResult(Record):

@@ -5,16 +5,16 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mlflow_kdguard import intervals
-from mlflow_kdguard.records.base import Model, Rate, Record, Sha256, Source
+from mlflow_kdguard.records.base import Count, Model, Rate, Record, Sha256, Source
 
 
 class Paired(Record):
     """Teacher and student on the same images: how often each was right."""
 
-    both: int = Field(ge=0)
-    only_teacher: int = Field(ge=0)
-    only_student: int = Field(ge=0)
-    neither: int = Field(ge=0)
+    both: Count
+    only_teacher: Count
+    only_student: Count
+    neither: Count
 
     @property
     def n(self) -> int:
@@ -40,8 +40,8 @@ class Asr(Record):
     name: str
     target: int = Field(ge=0)
     source: Literal["supplied", "recovered"]
-    k: int = Field(ge=0)
-    n: int = Field(ge=0)
+    k: Count
+    n: Count
     changed: Rate
     confidence: float = Field(gt=0, lt=1)
     baseline: Rate | None = None
@@ -74,7 +74,7 @@ class ReferenceGap(Record):
 
     gap_mean: float = Field(ge=0)
     student_gap_max: float = Field(ge=0)
-    n: int = Field(ge=0)
+    n: Count
 
 
 class Measurement(Record):
