@@ -1,0 +1,113 @@
+"""Unlearning of the suspect classes in a copy of the teacher.
+
+A bank of universal perturbations δ_j with ‖δ_j‖₂ <= radius (pixels) is kept; the bank rotates over
+the suspects. Each step moves one of them a step towards its class, on images of other classes,
+and then trains the copy to answer as labelled with and without it:
+
+    CE(D(x), y) + CE(D(clip(x + δ_j)), y)
+
+Adversarial unlearning of implicit backdoors (I-BAU, Zeng et al., arXiv:2110.03735) inspired the
+form; here it is aimed at the suspect classes only, and the bank keeps a memory of old patterns.
+The copy need not stay a good classifier: `margin_cap` asks it only about the suspect classes.
+"""
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mlflow_kdguard.adversary.inversion import descend
+from mlflow_kdguard.config import DetoxSection
+from mlflow_kdguard.detox.keep import keep
+from mlflow_kdguard.detox.loop import drive
+from mlflow_kdguard.detox.state import State, Work
+from mlflow_kdguard.training.run import one_cycle
+
+NAME = "unlearn"
+_REDRAWN = 0.04
+"""Probability that a pattern is drawn afresh before its step."""
+_START = 0.3
+"""Norm of a fresh pattern as a share of the radius."""
+_STEP = 0.25
+"""Step of a pattern as a share of the radius."""
+
+
+class _Training:
+    """SGD on the copy against the bank."""
+
+    name = NAME
+
+    def __init__(
+        self, net: nn.Module, suspects: tuple[int, ...], shape: tuple[int, ...], config: DetoxSection
+    ) -> None:
+        self.steps = config.unlearn_steps
+        self.module = net
+        self.optimizer = torch.optim.SGD(
+            net.parameters(), lr=config.unlearn_lr, momentum=0.9, nesterov=True, weight_decay=5e-4
+        )
+        device = next(net.parameters()).device
+        self._slots = slots(config.bank, len(suspects))
+        self.memory = {"bank": torch.zeros((self._slots, *shape), device=device)}
+        self._suspects, self._config = suspects, config
+
+    def advance(self, x: Tensor, y: Tensor, step: int, generator: torch.Generator) -> Tensor:
+        """Move one pattern, then the copy."""
+        delta = self._pattern(x, y, step, generator)
+        self.module.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        both = torch.cat([x, (x + delta).clamp(0.0, 1.0)])
+        # The mean over both halves times two is the sum of the two means.
+        loss = functional.cross_entropy(self.module(both), torch.cat([y, y]))
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.param_groups[0]["lr"] = one_cycle(step, self.steps, self._config.unlearn_lr)
+        self.optimizer.step()
+        self.module.eval()
+        return loss.detach()
+
+    def _pattern(self, x: Tensor, y: Tensor, step: int, generator: torch.Generator) -> Tensor:
+        bank, slot = self.memory["bank"], step % self._slots
+        target, radius = self._suspects[slot % len(self._suspects)], self._config.unlearn_radius
+        fresh = torch.randn(bank.shape[1:], generator=generator).to(bank.device)
+        afresh = float(torch.rand((), generator=generator)) < _REDRAWN
+        if step < self._slots or afresh:
+            bank[slot] = fresh * (_START * radius / fresh.norm())
+        others = x[y != target]
+        if len(others):
+            gradient = _gradient(self.module, others, bank[slot], target)
+            bank[slot] = descend(bank[slot], gradient, step=_STEP * radius, radius=radius)
+        return bank[slot].clone()
+
+
+def slots(bank: int, suspects: int) -> int:
+    """Patterns kept: the smallest multiple of the number of suspects that is at least `bank`."""
+    return -(-bank // suspects) * suspects
+
+
+def cleanse(state: State, work: Work) -> State:
+    """Train the copy until universal perturbations no longer reach the suspect classes."""
+    copy = deepcopy(state.copy).to(work.device).requires_grad_(True)
+    training = _Training(copy, state.suspects, state.train.shape, work.config)
+    preview = state.preview(copy)
+    kept = drive(training, state, work, lambda: state.judge(preview, work.device))
+    keep(state, work, NAME, {"": copy}, "copy")
+    norms = training.memory["bank"].flatten(1).norm(dim=1)
+    return state.trained(
+        copy,
+        name=NAME,
+        outcome=kept.outcome,
+        kept_at=kept.at,
+        steps=training.steps,
+        device=work.device,
+        details={"bank_norms": [round(float(norm), 6) for norm in norms]},
+    )
+
+
+def _gradient(net: nn.Module, images: Tensor, delta: Tensor, target: int) -> Tensor:
+    """∇_δ of the cross-entropy towards the target, in evaluation mode."""
+    net.eval()
+    delta = delta.detach().clone().requires_grad_(True)
+    labels = torch.full((len(images),), target, device=images.device)
+    loss = functional.cross_entropy(net((images + delta).clamp(0.0, 1.0)), labels)
+    (gradient,) = torch.autograd.grad(loss, delta)
+    return gradient
