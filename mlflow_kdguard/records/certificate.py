@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mlflow_kdguard.records.base import Count, Model, Rate, Record, Sha256, Source
 from mlflow_kdguard.records.bounds import Control
@@ -111,6 +111,12 @@ class Decision(Record):
     schema_: Literal["kdguard.gate/1"] = Field("kdguard.gate/1", alias="schema")
     decision: Literal["pass", "refuse"]
     rules: tuple[RuleResult, ...]
+
+    @model_validator(mode="after")
+    def _a_pass_is_earned(self) -> "Decision":
+        if self.passed and (not self.rules or self.failed):
+            raise ValueError("a pass needs rules, and every one of them met")
+        return self
 
     @property
     def passed(self) -> bool:

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mlflow_kdguard import intervals
 from mlflow_kdguard.records.base import Count, Model, Rate, Record, Sha256, Source
@@ -45,6 +45,12 @@ class Asr(Record):
     changed: Rate
     confidence: float = Field(gt=0, lt=1)
     baseline: Rate | None = None
+
+    @model_validator(mode="after")
+    def _k_among_n(self) -> "Asr":
+        if self.k > self.n:
+            raise ValueError(f"k={self.k} exceeds n={self.n}")
+        return self
 
     @property
     def rate(self) -> float:
