@@ -44,7 +44,7 @@ class Dataset:
         if array.ndim != 4 or 0 in array.shape[1:]:
             raise _bad(uri, f"images have shape {array.shape}, not N×C×H×W")
         if array.dtype != np.uint8:
-            array = _unit_floats(array, uri)
+            array = unit_pixels(array, uri)
         labels = np.full(len(array), UNLABELLED) if y is None else np.asarray(y)
         if labels.dtype.kind not in "iu":
             raise _bad(uri, f"labels have type {labels.dtype}, not int64")
@@ -136,7 +136,8 @@ def concat(a: Dataset, b: Dataset, uri: str) -> Dataset:
     return Dataset(join(a._images, b._images), labels, uri=uri, classes=classes)
 
 
-def _unit_floats(array: NDArray[np.generic], uri: str) -> Pixels:
+def unit_pixels(array: NDArray[np.generic], uri: str) -> Pixels:
+    """`array` as float32; DataError unless it is of floats in [0,1]."""
     if array.dtype.kind != "f":
         raise _bad(uri, f"pixels have type {array.dtype}, not float32")
     pixels = np.ascontiguousarray(array, np.float32)

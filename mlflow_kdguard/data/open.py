@@ -5,11 +5,13 @@ from functools import reduce
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mlflow_kdguard.data import embedded, idx
+from mlflow_kdguard.data import cifar, embedded, folders, idx
 from mlflow_kdguard.data.collection import Collection, Part, Places, Reader
-from mlflow_kdguard.data.dataset import Dataset
-from mlflow_kdguard.data.images import join
+from mlflow_kdguard.data.dataset import UNLABELLED, Dataset
+from mlflow_kdguard.data.images import Images, join
+from mlflow_kdguard.data.npz import npz
 from mlflow_kdguard.data.uri import Request, parse
 
 _NAMED: dict[str, Reader] = {
@@ -17,8 +19,17 @@ _NAMED: dict[str, Reader] = {
     "mnist5k": embedded.mnist5k,
     "fashion-mnist": idx.fashion_mnist,
     "mnist": idx.mnist,
+    "cifar10": cifar.cifar10,
+    "cifar100": cifar.cifar100,
+    "gtsrb": folders.gtsrb,
+    "flowers102": folders.flowers102,
+    "imagenet": folders.imagenet,
 }
-_WITH_PATH: dict[str, Reader] = {"idx": idx.idx}
+_WITH_PATH: dict[str, Reader] = {
+    "idx": idx.idx,
+    "imagefolder": folders.imagefolder,
+    "npz": npz,
+}
 _RESIZED = ("imagefolder", "imagenet", "gtsrb", "flowers102")
 
 SOURCES = (*_NAMED, *_WITH_PATH)
@@ -33,14 +44,27 @@ def load(uri: str, *, root: Path | None = None, download: bool = False) -> Datas
     so that a broken file shows when it is read.
     """
     request = parse(uri)
-    collection = _reader(request)(request, Places(root, download))
-    images, y = reduce(_joined, (collection.splits[s]() for s in _chosen(request, collection)))
+    try:
+        collection = _reader(request)(request, Places(root, download))
+        images, y = reduce(_joined, (collection.splits[s]() for s in _chosen(request, collection)))
+    except OSError as error:
+        raise request.error(f"cannot read it: {error}", remedy="Check the path.") from error
+    _check(request, images, y, collection.classes)
+    return _slice(request, Dataset(images, y, uri=uri, classes=collection.classes))
+
+
+def _check(request: Request, images: Images, y: NDArray[np.int64], classes: int) -> None:
     if len(images) != len(y):
         raise request.error(
             f"{len(images)} images, but {len(y)} labels", remedy="Fetch the files again."
         )
-    dataset = Dataset(images, y, uri=uri, classes=collection.classes)
-    return _slice(request, dataset)
+    # Only npz can say that an image is unlabelled; elsewhere a negative class is a broken file.
+    lowest = UNLABELLED if request.name == "npz" else 0
+    if len(y) and not lowest <= y.min() <= y.max() < classes:
+        raise request.error(
+            f"labels range from {y.min()} to {y.max()}, outside {lowest} to {classes - 1}",
+            remedy="Fetch the files again, or repair the labels.",
+        )
 
 
 def _reader(request: Request) -> Reader:

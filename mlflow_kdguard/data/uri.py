@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mlflow_kdguard.errors import DataError
 
-_FRAGMENT = re.compile(r"(?P<split>[a-z]*)(?:\[(?P<start>\d*):(?P<stop>\d*)\])?")
+_FRAGMENT = re.compile(r"(?P<split>[a-z]*)(?:\[(?P<start>[0-9]{0,12}):(?P<stop>[0-9]{0,12})\])?")
 _ESCAPES = {"%23": "#", "%3f": "?", "%25": "%"}
 _LARGEST_SIDE = 4096
 
@@ -72,14 +72,14 @@ def _fragment(request: Request, fragment: str | None) -> tuple[str, int, int | N
 
 
 def _size(request: Request, query: str) -> int:
-    key, _, value = query.partition("=")
-    if key != "size" or not value.isascii() or not value.isdigit():
+    match = re.fullmatch(r"size=([0-9]{1,9})", query)
+    if match is None:
         raise request.error(
             f"?{query} is not understood",
             remedy="The only option is ?size=PIXELS; a ? in a path is written %3F.",
         )
-    if not 1 <= int(value) <= _LARGEST_SIDE:
+    if not 1 <= int(match[1]) <= _LARGEST_SIDE:
         raise request.error(
-            f"size={value} is not between 1 and {_LARGEST_SIDE}", remedy="Choose a smaller image."
+            f"{query} is not between 1 and {_LARGEST_SIDE}", remedy="Choose a smaller image."
         )
-    return int(value)
+    return int(match[1])
