@@ -7,15 +7,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # What decides about a promotion. It is held to a higher coverage than the rest.
-TRUST := errors files draw intervals extensions config policy gate ledger
-TRUST_FOLDERS := records graph attest
+TRUST := errors files draw intervals records extensions config policy graph attest gate ledger
 comma := ,
 empty :=
 space := $(empty) $(empty)
-TRUST_FILES := $(subst $(space),$(comma),$(strip $(TRUST:%=mlflow_kdguard/%.py) $(TRUST_FOLDERS:%=mlflow_kdguard/%/*)))
-
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
-PARALLEL := -n auto --maxprocesses $(WORKERS) --dist loadscope
+TRUST_FILES := $(subst $(space),$(comma),$(foreach m,$(TRUST),mlflow_kdguard/$(m).py mlflow_kdguard/$(m)/*))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test quick check static format lint types imports manifest doctest wheel bench clean

@@ -79,11 +79,9 @@ def test_errors_name_the_file_and_the_key(
 
 @pytest.mark.parametrize(
     "override",
-    (
-        " = seed=1 run.seed run.=1 .seed=1 run..seed=1 run.seed.x=1 run.seed=[ run.sead=1 run.seed=-1"
-        " run.seed=one"
-    ).split(" "),
-)
+    ["", "=", "seed=1", "run.seed", "run.=1", ".seed=1", "run..seed=1", "run.seed.x=1",
+     "run.seed=[", "run.sead=1", "run.seed=-1", "run.seed=one"],
+)  # fmt: skip
 def test_overrides_that_make_no_sense(override: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config.load(None, ["run.seed=3", override])
