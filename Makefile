@@ -13,6 +13,9 @@ empty :=
 space := $(empty) $(empty)
 TRUST_FILES := $(subst $(space),$(comma),$(foreach m,$(TRUST),mlflow_kdguard/$(m).py mlflow_kdguard/$(m)/*))
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+PARALLEL := -n auto --maxprocesses $(WORKERS) --dist loadscope
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test quick check static format lint types imports manifest doctest wheel bench clean
 
