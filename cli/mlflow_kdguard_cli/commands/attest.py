@@ -1,0 +1,204 @@
+"""`kdguard keygen`, `attest` and `check`: who states what about which bytes."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlflow_kdguard_cli import options
+
+if TYPE_CHECKING:
+    from mlflow_kdguard.attest import Checked
+    from mlflow_kdguard.records import Certificate
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("path", type=FILE)
+@click.option("--owner", required=True, help="Whose key this is.")
+@click.option("--role", type=click.Choice(["builder", "verifier"]), default="builder",
+              show_default=True, help="Only a verifier may sign `recomputed` figures.")
+@click.option("--days", type=click.IntRange(min=1), help="Validity; default: no end.")
+@options.as_json
+def keygen(path: Path, owner: str, role: Any, days: int | None, as_json: bool) -> None:
+    """Make a signing key PATH (private, mode 0600) and its public record PATH.pub.
+
+    Hand the .pub file to whoever checks. Nothing is ever overwritten.
+    """
+    from mlflow_kdguard.attest import signing
+    from mlflow_kdguard_cli import render
+
+    now = datetime.now(UTC)
+    until = None if days is None else now + timedelta(days=days)
+    signer = signing.keygen(path, owner=owner, role=role, now=now, valid_until=until)
+    render.say(f"private key {path}, public record {signing.public_path(path)}")
+    render.document(signer.verifier.record.document(), as_json)
+
+
+@click.command()
+@click.argument("certificate", type=FILE)
+@click.option("--model", "model", type=FILE, required=True,
+              help="The model file, or the folder of the whole bundle.")
+@click.option("--key", "keys", type=FILE, multiple=True, required=True,
+              help="Public record of a trusted key (.pub); repeat for more.")
+@click.option("--name", help="Registered model name that it must have been issued for.")
+@options.as_json
+def check(certificate: Path, model: Path, keys: tuple[Path, ...], name: str | None,
+          as_json: bool) -> None:
+    """Check that CERTIFICATE is signed by a trusted key, still valid, and about these bytes.
+
+    Needs neither torch nor mlflow. Exit code 8 says what does not hold.
+
+    \b
+    kdguard check certificate.dsse.json --model model.onnx --key builder.pem.pub
+    """
+    from mlflow_kdguard import attest
+    from mlflow_kdguard.attest.signing import Verifier
+    from mlflow_kdguard.files import read_bytes
+    from mlflow_kdguard_cli import render
+
+    checked = attest.check(
+        read_bytes(certificate, what="the certificate"),
+        files=_folder(model) if model.is_dir() else None,
+        verifiers=[Verifier.load(key) for key in keys],
+        now=datetime.now(UTC),
+        model_name=name,
+    )
+    if not model.is_dir():
+        _about(checked.certificate, model)
+    body = _checked_document(checked)
+    render.say(f"{certificate} holds: {', '.join(body['signed_by'])}; issued "
+               f"{body['issued']}, expires {body['expires']}; figures {body['figures_from']}")
+    render.document(body, as_json)
+
+
+@click.command()
+@click.argument("model", type=FILE)
+@click.option("--teacher", type=FILE, required=True, help="ONNX file of the original teacher.")
+@click.option("--reference", type=FILE, required=True, help="ONNX file of the reference.")
+@click.option("--measure", "measure_file", type=FILE, help="Document of `kdguard measure`.")
+@click.option("--certify", "certify_file", type=FILE, help="Document of `kdguard certify`.")
+@click.option("--audit", "audit_files", type=FILE, multiple=True,
+              help="Documents of `kdguard audit`, of the teacher and of the student.")
+@click.option("--export", "export_file", type=FILE, help="Document of `kdguard export`.")
+@click.option("--model-name", required=True, help="Registered model that it is issued for.")
+@click.option("--registry", default="", help="Registry that it is issued for.")
+@click.option("--key", type=FILE, required=True, envvar="KDGUARD_KEY", help="Signing key.")
+@click.option("--days", type=click.FloatRange(min=0, min_open=True), default=90.0,
+              show_default=True, help="Validity.")
+@click.option("--out", type=FILE, default=Path("certificate.dsse.json"), show_default=True)
+@options.as_json
+def attest(**flags: Any) -> None:
+    """Sign a certificate for the student MODEL (model.onnx, or the folder of its bundle).
+
+    Figures come from the documents of the other commands; what is left out is absent from the
+    certificate, and the gate refuses what its policy asks for and does not find.
+    """
+    from mlflow_kdguard import attest as attesting
+    from mlflow_kdguard.attest.signing import Signer
+    from mlflow_kdguard.files import write_bytes
+    from mlflow_kdguard_cli import render
+
+    certificate = _certificate(flags)
+    write_bytes(flags["out"], attesting.issue(certificate, Signer.load(flags["key"])))
+    render.say(f"signed {flags['out']} for {flags['model']}, valid until {certificate.expires}")
+    render.document(certificate.document(), flags["as_json"])
+
+
+def _certificate(flags: dict[str, Any]) -> "Certificate":
+    from mlflow_kdguard import attest as attesting
+    from mlflow_kdguard import records
+    from mlflow_kdguard.files import digest_json, read_bytes, sha256_file
+
+    model: Path = flags["model"]
+    files = _folder(model) if model.is_dir() else {
+        "model.onnx": read_bytes(model, what="the model")}
+    figures = _figures(flags)
+    now = datetime.now(UTC).replace(microsecond=0)
+    sources = [figure.data for figure in figures.faithful]
+    if figures.measured_on is not None:
+        sources.append(figures.measured_on)
+    return records.Certificate(
+        subjects=attesting.subjects_of(files),
+        model_name=flags["model_name"],
+        registry=flags["registry"],
+        reference=records.Model(sha256=sha256_file(flags["reference"])),
+        teacher=records.Model(sha256=sha256_file(flags["teacher"])),
+        data=tuple({source.sha256: source for source in sources}.values()),
+        triggers=tuple(figure.trigger for figure in figures.asr),
+        figures=figures,
+        figures_from="imported",
+        config=digest_json({}),
+        seed=0,
+        tools={},
+        issued=records.format_time(now),
+        expires=records.format_time(now + timedelta(days=flags["days"])),
+    )
+
+
+def _figures(flags: dict[str, Any]) -> Any:
+    from mlflow_kdguard.files import sha256_file
+    from mlflow_kdguard.records import AuditReport, CertifyReport, Exported, Measurement
+    from mlflow_kdguard.records.gather import figures_of
+
+    teacher = sha256_file(flags["teacher"])
+    audits = [_read(path, AuditReport) for path in flags["audit_files"]]
+    exported = _read(flags["export_file"], Exported)
+    return figures_of(
+        measurement=_read(flags["measure_file"], Measurement),
+        bounds=_read(flags["certify_file"], CertifyReport),
+        audits={"teacher" if a.model.sha256 == teacher else "student": a for a in audits},
+        parity=None if exported is None else exported.parity,
+    )
+
+
+def _read(path: Path | None, record: Any) -> Any:
+    from pydantic import ValidationError
+
+    from mlflow_kdguard.config import explain
+    from mlflow_kdguard.errors import UsageError
+    from mlflow_kdguard.files import read_bytes
+
+    if path is None:
+        return None
+    try:
+        return record.model_validate_json(read_bytes(path, what="the document"))
+    except ValidationError as error:
+        raise UsageError(f"{path} is not the document that is meant: {explain(error)}",
+                         remedy="Make it with --json of the command in question.") from error
+
+
+def _folder(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _about(certificate: "Certificate", model: Path) -> None:
+    from mlflow_kdguard.errors import CertificateError
+    from mlflow_kdguard.files import read_bytes, sha256
+
+    digest = sha256(read_bytes(model, what="the model"))
+    certified = {subject.sha256: subject.path for subject in certificate.subjects}
+    if digest not in certified:
+        listed = ", ".join(f"{s.path} {s.sha256[:16]}…" for s in certificate.subjects)
+        raise CertificateError(
+            f"{model} has the SHA-256 {digest}, and the certificate speaks of {listed}.",
+            remedy="It is another file than the one that was certified.",
+        )
+
+
+def _checked_document(checked: "Checked") -> dict[str, Any]:
+    certificate = checked.certificate
+    return {
+        "schema": "kdguard.check/1",
+        "signed_by": [f"{s.owner} ({s.role})" for s in checked.signers],
+        "model_name": certificate.model_name,
+        "subjects": [subject.document() for subject in certificate.subjects],
+        "figures": json.loads(certificate.figures.model_dump_json(by_alias=True)),
+        "figures_from": certificate.figures_from,
+        "issued": certificate.issued,
+        "expires": certificate.expires,
+    }

@@ -1,0 +1,115 @@
+"""`kdguard measure` and `certify`: figures and bounds on the ONNX bytes."""
+
+from typing import Any
+
+import click
+
+from mlflow_kdguard_cli import options
+from mlflow_kdguard_cli.models import opened
+
+MODEL = click.argument("model")
+
+
+@click.command()
+@MODEL
+@options.data
+@options.triggers
+@click.option("--teacher", help="Original teacher (ONNX): accuracy is compared on the same images.")
+@click.option("--reference", help="Reference (ONNX): its distance from the teacher is measured.")
+@click.option("--baseline", help="Declared comparator (ONNX) for the lift of each trigger.")
+@click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True)
+@options.device
+@options.data_root
+@options.download
+@options.registry_options
+@options.as_json
+def measure(**flags: Any) -> None:
+    """Accuracy and attack success rates of MODEL, on the ONNX bytes through onnxruntime.
+
+    Rates come with k, n and a one-sided 95 % upper bound over all triggers together. An output
+    that is not finite fails the measurement.
+
+    \b
+    kdguard measure student.onnx --data mnist5k#test --trigger patch.trigger:0
+    """
+    from mlflow_kdguard import data, devices
+    from mlflow_kdguard.measure import measure as take
+    from mlflow_kdguard_cli import render
+
+    shown = data.load(flags["data_uri"], root=flags["data_root"], download=flags["download"])
+    others = {name: opened(flags[name], flags).onnx() if flags[name] else None
+              for name in ("teacher", "reference", "baseline")}
+    triggers = [(trigger, target, "supplied")
+                for trigger, target in options.trigger_list(flags["trigger_files"])]
+    with render.progress() as progress:
+        taken = take(opened(flags["model"], flags).onnx(), shown, triggers=triggers, **others,
+                     device=devices.pick(flags["device"]), batch=flags["batch"], progress=progress)
+    render.measurement(taken, flags["model"])
+    render.document(taken.document(), flags["as_json"])
+
+
+@click.command()
+@click.option("--teacher", required=True,
+              help="The network to be faithful to (ONNX): the reference.")
+@click.option("--student", required=True, help="The student (ONNX).")
+@options.data
+@click.option("--eps", type=float, required=True, help="Radius of the ball, in pixel units.")
+@click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)
+@click.option("--delta", type=float, default=0.2, show_default=True,
+              help="Largest gap that counts as faithful.")
+@click.option("--samples", type=int, default=100, show_default=True,
+              help="Images drawn from --data; the draw follows from the models' digests.")
+@click.option("--classes", type=click.Choice(["all", "top"]), default="all", show_default=True)
+@click.option("--method", default="auto", show_default=True, help="Row of the bound table.")
+@click.option("--budget", type=float, help="Safety limit in seconds; the rest is UNDECIDED.")
+@click.option("--restarts", type=int, default=5, show_default=True, help="Witness search.")
+@click.option("--steps", type=int, default=40, show_default=True, help="Witness search.")
+@click.option("--nonce", default="", help="Makes the draw of images unpredictable.")
+@options.device
+@options.data_root
+@options.download
+@options.registry_options
+@options.as_json
+def certify(**flags: Any) -> None:
+    """Bounds on the confidence gap between a reference and a student, around real images.
+
+    For every drawn image: the largest |softmax difference| that a search finds within eps (a
+    witness, so a lower bound) and a certified upper bound for every point of the ball.
+
+    \b
+    kdguard certify --teacher reference.onnx --student student.onnx --data mnist5k#test --eps 0.01
+    """
+    from mlflow_kdguard import data, devices
+    from mlflow_kdguard.certify import certify as bound
+    from mlflow_kdguard_cli import render
+
+    section = _section(flags)
+    shown = data.load(flags["data_uri"], root=flags["data_root"], download=flags["download"])
+    with render.progress() as progress:
+        report = bound(
+            opened(flags["teacher"], flags).onnx(),
+            opened(flags["student"], flags).onnx(),
+            shown,
+            config=section,
+            nonce=flags["nonce"],
+            device=devices.pick(flags["device"]),
+            progress=progress,
+        )
+    render.certified(report)
+    render.document(report.document(), flags["as_json"])
+
+
+def _section(flags: dict[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    from mlflow_kdguard.config import CertifySection, explain
+    from mlflow_kdguard.errors import ConfigError
+
+    keys = ("method", "norm", "eps", "delta", "classes", "samples", "restarts")
+    try:
+        return CertifySection(**{key: flags[key] for key in keys}, pgd_steps=flags["steps"],
+                              seconds=flags["budget"])
+    except ValidationError as error:
+        raise ConfigError(explain(error), remedy="See `kdguard certify --help`.") from error
+
+

@@ -1,0 +1,92 @@
+"""`kdguard distill` and `export`: single stages that make something."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlflow_kdguard_cli import options
+from mlflow_kdguard_cli.models import opened
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.option("--reference", required=True, help="Network to imitate (ONNX, as exported).")
+@click.option("--data", "transfer", required=True, metavar="URI", help="Images to distil on.")
+@click.option("--clean", required=True, metavar="URI", help="Small, trusted, labelled set.")
+@click.option("--labelled", is_flag=True, help="The labels of --data may be used.")
+@click.option("--student", "arch", help="Architecture of the student, e.g. cnn:8,16,32.")
+@click.option("--out", type=FILE, required=True, help="Folder for weights and checkpoints.")
+@click.option("-c", "--config", "config_file", type=FILE, help="File with a `distill:` section.")
+@options.set_values
+@options.seed
+@options.device
+@options.data_root
+@options.download
+@options.registry_options
+@options.as_json
+def distill(**flags: Any) -> None:
+    """Distil a student from a reference network; the result is weights.safetensors in --out.
+
+    Killed or interrupted, the same command goes on from its last checkpoint.
+
+    \b
+    kdguard distill --reference reference.onnx --data npz:transfer.npz --clean npz:clean.npz \\
+                    --out student --set distill.epochs=20
+    """
+    from mlflow_kdguard import data, devices
+    from mlflow_kdguard.config import load
+    from mlflow_kdguard.flow import making
+    from mlflow_kdguard_cli import render
+
+    named = [f"distill.arch={flags['arch']}"] if flags["arch"] else []
+    config = load(flags["config_file"], [*flags["overrides"], *named])
+    transfer, clean = (data.load(flags[key], root=flags["data_root"], download=flags["download"])
+                       for key in ("transfer", "clean"))
+    shown = making.Images(transfer if flags["labelled"] else transfer.unlabelled(), clean, clean)
+    with render.progress() as progress:
+        figures = making.train_student(
+            config.distill, making.from_onnx(opened(flags["reference"], flags).path), shown,
+            folder=flags["out"], seed=flags["seed"], device=devices.pick(flags["device"]),
+            progress=progress,
+        )
+    render.say(f"weights and architecture are in {flags['out']}")
+    body = {"schema": "kdguard.distill/1", "folder": str(flags["out"]), "figures": figures}
+    render.document(body, flags["as_json"])
+
+
+@click.command()
+@click.argument("model")
+@options.data
+@click.option("--out", type=FILE, required=True, help="ONNX file to write.")
+@options.arch
+@options.device
+@options.data_root
+@options.download
+@options.registry_options
+@options.trust_code
+@options.as_json
+def export(**flags: Any) -> None:
+    """Export MODEL (.safetensors, weights-only .pt, .onnx) to one canonical ONNX file.
+
+    The file is run through onnxruntime on --data and compared with the network before it is
+    believed; a difference ends with exit code 7 and leaves no file.
+    """
+    import numpy as np
+
+    from mlflow_kdguard import data, devices
+    from mlflow_kdguard.config import ExportSection
+    from mlflow_kdguard.export import to_onnx
+    from mlflow_kdguard_cli import render
+
+    shown = data.load(flags["data_uri"], root=flags["data_root"], download=flags["download"])
+    section = ExportSection()
+    sample = shown.batch(np.arange(min(len(shown), section.parity_images)))[0]
+    exported = to_onnx(
+        opened(flags["model"], flags, shown).net(), flags["out"], shape=shown.shape,
+        classes=shown.classes, images=sample, config=section, device=devices.pick(flags["device"]),
+    )
+    render.say(f"{exported.path}: sha256 {exported.sha256}; largest softmax difference "
+               f"{exported.parity.softmax_max:.2g} on {exported.parity.argmax.n} images")
+    render.document(exported.document(), flags["as_json"])

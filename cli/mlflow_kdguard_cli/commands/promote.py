@@ -1,0 +1,100 @@
+"""`kdguard gate` and `kdguard promote`: the decision, and the alias if it passes."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlflow_kdguard_cli import options
+
+if TYPE_CHECKING:
+    from mlflow_kdguard.records import Decision
+
+KEYS = click.option(
+    "--key", "keys", type=click.Path(path_type=Path), multiple=True, required=True,
+    help="Public record of a trusted key (.pub); repeat for more.",
+)
+
+
+@click.command()
+@click.argument("model")
+@KEYS
+@options.gate_options
+@options.data_root
+@options.registry_options
+@options.as_json
+def gate(**flags: Any) -> int:
+    """Decide whether MODEL (models:/name/version) may be promoted, without acting.
+
+    The bundle is downloaded and hashed, the certificate's signatures are checked against the
+    trusted keys, and every rule of the operator's policy is held against the signed figures.
+    Exit code 0 passes, 3 refuses, 8 means that the certificate itself does not hold.
+
+    \b
+    kdguard gate models:/student/3 --key builder.pem.pub --pin mnist5k#test
+    """
+    decision = _decide(flags)
+    return _answer(decision, flags)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--alias", default="champion", show_default=True, help="Alias to set on a pass.")
+@KEYS
+@options.gate_options
+@options.data_root
+@options.registry_options
+@options.as_json
+def promote(**flags: Any) -> int:
+    """Decide as `kdguard gate` does, and give MODEL the alias only on a pass.
+
+    A refusal (exit code 3) leaves every alias where it was and writes the reasons to the model
+    version's tags.
+
+    \b
+    kdguard promote models:/student/3 --alias champion --key builder.pem.pub --pin mnist5k#test
+    """
+    decision = _decide(flags)
+    registry = _registry(flags)
+    registry.record_decision(flags["model"], decision)
+    if decision.passed:
+        from mlflow_kdguard_cli import render
+
+        registry.promote(flags["model"], flags["alias"])
+        render.say(f"{flags['model']} is @{flags['alias']} now")
+    return _answer(decision, flags)
+
+
+def _decide(flags: dict[str, Any]) -> "Decision":
+    from mlflow_kdguard import policy
+    from mlflow_kdguard.attest.signing import Verifier
+    from mlflow_kdguard.flow.decision import judge
+
+    return judge(
+        _registry(flags),
+        flags["model"],
+        policy=policy.load(flags["policy_file"]),
+        verifiers=tuple(Verifier.load(key) for key in flags["keys"]),
+        now=datetime.now(UTC),
+        pins=options.pinned(flags["pins"], flags["data_root"]),
+        panel=options.panel_digests(flags["panel"]),
+        allow_unpinned=flags["allow_unpinned"],
+    )
+
+
+def _registry(flags: dict[str, Any]) -> Any:
+    from mlflow_kdguard.config import RegistrySection
+    from mlflow_kdguard.registry import Registry
+
+    return Registry(RegistrySection(
+        tracking_uri=flags["tracking_uri"], registry_uri=flags["registry_uri"]
+    ))
+
+
+def _answer(decision: "Decision", flags: dict[str, Any]) -> int:
+    from mlflow_kdguard_cli import render
+
+    render.decision(decision, flags["model"])
+    render.document(decision.document(), flags["as_json"])
+    return 0 if decision.passed else 3

@@ -1,0 +1,230 @@
+"""`kdguard run` and `kdguard demo`: the pipeline, and the story around it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlflow_kdguard_cli import options
+
+if TYPE_CHECKING:
+    from mlflow_kdguard.config import GuardConfig
+    from mlflow_kdguard.pipeline import Grant, Outcome
+    from mlflow_kdguard.story import Row, Story
+
+
+@click.command()
+@click.option("-c", "--config", "config_file", type=click.Path(path_type=Path),
+              help="Configuration file; see examples/ and docs/reference/configuration.md.")
+@options.set_values
+@click.option("--teacher", help="Teacher: a file, or models:/name/version.")
+@click.option("--transfer", help="Data URI of the images to distil on.")
+@click.option("--clean", help="Data URI of the small, trusted, labelled set.")
+@click.option("--test", help="Data URI of the held-out images.")
+@click.option("--model-name", help="Registered model of the student.")
+@click.option("--alias", help="Alias that a passing student is given.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for checkpoints and results.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Overrides run.device.")
+@click.option("--resume", metavar="RUN_ID", help="Go on with an interrupted MLflow run.")
+@click.option("--key", type=click.Path(path_type=Path), envvar="KDGUARD_KEY",
+              help="Signing key (kdguard keygen); default: one is made in the output folder.")
+@options.registry_options
+@options.gate_options
+@options.trust_code
+@options.download
+@options.as_json
+def run(**flags: Any) -> int:
+    """The pipeline: audit, detox, distil, export, certify, attest, gate, promote.
+
+    \b
+    kdguard run -c guard.yaml
+    kdguard run --teacher models:/scraped/1 --transfer imagefolder:photos --clean npz:clean.npz \\
+                --test npz:test.npz --pin npz:test.npz
+
+    A configuration with a `redteam` section tells the whole story instead: it makes a poisoned
+    teacher first and trains a naive student beside the guarded one, for evaluation.
+
+    Ctrl-C loses nothing that was finished: run the same command again, or --resume RUN_ID.
+    Exit code 3 means that the student was refused.
+    """
+    from mlflow_kdguard.pipeline import guard
+    from mlflow_kdguard_cli import render
+
+    as_json = bool(flags["as_json"])
+    config = _config(flags)
+    with render.progress() as progress:
+        if config.redteam is not None:
+            from mlflow_kdguard.story import tell
+
+            story = tell(config, _grant(flags, config), progress=progress)
+            return _finish(story, as_json)
+        outcome = guard(config, _grant(flags, config), progress=progress)
+    render.decision(outcome.decision, outcome.uri)
+    render.document(_outcome_document(outcome), as_json)
+    return 0 if outcome.decision.passed else 3
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("kdguard-demo"),
+              show_default=True, help="Folder for the MLflow database, models and results.")
+@options.set_values
+@options.as_json
+def demo(out: Path, overrides: tuple[str, ...], as_json: bool) -> int:
+    """The whole story on embedded data: real handwritten digits, MLflow on sqlite, a few minutes.
+
+    A teacher with a backdoor is made; a student distilled naively from it is refused by the gate,
+    a guarded one is promoted, and both are held against the students of a clean teacher and of no
+    teacher. Afterwards, `mlflow ui` shows every run.
+    """
+    from importlib.resources import files
+
+    from mlflow_kdguard.config import load
+    from mlflow_kdguard.story import tell
+    from mlflow_kdguard_cli import render
+
+    place = out.resolve()
+    own = (f"run.work_dir={place}", f"registry.tracking_uri=sqlite:///{place / 'mlflow.db'}")
+    packaged = Path(str(files("mlflow_kdguard") / "demo.yaml"))
+    config = load(packaged, (*own, *overrides))
+    place.mkdir(parents=True, exist_ok=True)
+    with render.progress() as progress:
+        story = tell(config, _grant({}, config), progress=progress)
+    _finish(story, as_json)
+    serves = _serves(story, config)
+    render.say(serves)
+    render.say(f"look around: mlflow ui --backend-store-uri {config.registry.tracking_uri}")
+    return 0
+
+
+def _config(flags: dict[str, Any]) -> "GuardConfig":
+    from mlflow_kdguard.config import load
+
+    keys = {
+        "teacher.model": flags["teacher"], "data.transfer": flags["transfer"],
+        "data.clean": flags["clean"], "data.test": flags["test"],
+        "registry.model_name": flags["model_name"], "registry.alias": flags["alias"],
+        "registry.tracking_uri": flags["tracking_uri"],
+        "registry.registry_uri": flags["registry_uri"],
+        "run.work_dir": flags["out"], "run.device": flags["device"],
+    }
+    split = [part.strip() for text in flags["overrides"] for part in text.split(";")]
+    named = [f"{key}={value}" for key, value in keys.items() if value]
+    overrides = [*(part for part in split if part), *named]
+    if flags["resume"]:
+        return _resumed(flags["resume"], flags, overrides)
+    return load(flags["config_file"], overrides)
+
+
+def _resumed(run_id: str, flags: dict[str, Any], overrides: list[str]) -> "GuardConfig":
+    """The configuration of an interrupted run, from the folder that the run names."""
+    from mlflow_kdguard.config import RegistrySection, load
+    from mlflow_kdguard.flow.work import CONFIG_FILE
+    from mlflow_kdguard.registry import Registry
+
+    section = RegistrySection(
+        tracking_uri=flags["tracking_uri"], registry_uri=flags["registry_uri"]
+    )
+    folder = Registry(section).work_dir(run_id)
+    return load(flags["config_file"] or folder / CONFIG_FILE,
+                [*overrides, f"run.work_dir={folder}"])
+
+
+def _grant(flags: dict[str, Any], config: "GuardConfig") -> "Grant":
+    from mlflow_kdguard import policy
+    from mlflow_kdguard.pipeline import Grant
+
+    return Grant(
+        policy=policy.load(flags.get("policy_file")),
+        signer=_signer(flags.get("key"), Path(config.run.work_dir)),
+        pins=options.pinned(flags.get("pins", ())),
+        panel=options.panel_digests(flags.get("panel", ())),
+        allow_unpinned=bool(flags.get("allow_unpinned")),
+        trust_code=bool(flags.get("trust_code")),
+        download=bool(flags.get("download")),
+    )
+
+
+def _signer(key: Path | None, folder: Path) -> Any:
+    """The caller's key, or one made for this folder, which says so."""
+    from mlflow_kdguard.attest import signing
+    from mlflow_kdguard_cli import render
+
+    if key is None:
+        key = folder / "keys" / "builder.pem"
+        if not key.exists():
+            signing.keygen(key, owner="builder", role="builder")
+            render.say(f"no --key was given: made {key}, which only this folder's checks know")
+    return signing.Signer.load(key)
+
+
+def _finish(story: "Story", as_json: bool) -> int:
+    from mlflow_kdguard_cli import render
+
+    for row in story.rows:
+        if row.outcome is not None:
+            render.decision(row.outcome.decision, f"{row.student} student, {row.outcome.uri}")
+    render.table(
+        "Students of equal training on the same contaminated images",
+        ("student", "accuracy", "ASR", "upper bound", "lift", "faithful share", "gate"),
+        [_story_row(row) for row in story.rows],
+    )
+    teacher = story.teacher
+    render.say(f"teacher: accuracy {render.rate(teacher.accuracy)}, "
+               f"ASR {teacher.asr[0].rate:.3f} ({teacher.asr[0].k}/{teacher.asr[0].n})")
+    render.document(story.document(), as_json)
+    guarded = story.row("guarded").outcome
+    return 0 if guarded is not None and guarded.decision.passed else 3
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    text: str
+    share: str
+
+
+def _story_row(row: "Row") -> tuple[str, ...]:
+    asr = row.asr
+    lift = "-" if asr.lift is None else f"{asr.lift:+.3f}"
+    verdict = _verdict(row.outcome)
+    return (row.student, f"{row.accuracy.rate:.3f}", f"{asr.rate:.3f} ({asr.k}/{asr.n})",
+            f"{asr.upper:.3f}", lift, verdict.share, verdict.text)
+
+
+def _verdict(outcome: "Outcome | None") -> _Verdict:
+    from mlflow_kdguard_cli import render
+
+    if outcome is None:
+        return _Verdict("floor: not asked", "-")
+    share = render.rate(outcome.figures.faithful[0].within)
+    if outcome.decision.passed:
+        return _Verdict(f"promoted, @{outcome.alias}", share)
+    return _Verdict(f"REFUSED: {', '.join(outcome.decision.failed)}", share)
+
+
+def _serves(story: "Story", config: "GuardConfig") -> str:
+    """Load the promoted student as a consumer would, and classify real images with it."""
+    import mlflow
+
+    from mlflow_kdguard.data import load
+
+    guarded = story.row("guarded").outcome
+    if guarded is None or guarded.alias is None:
+        return "the guarded student was not promoted: there is nothing to serve"
+    uri = f"models:/{config.registry.model_name}@{guarded.alias}"
+    mlflow.set_tracking_uri(config.registry.tracking_uri)
+    test = load(config.data.test)
+    x, y = test.batch(range(100))
+    answers = next(iter(mlflow.pyfunc.load_model(uri).predict(x).values()))
+    right = int((answers.argmax(axis=1) == y).sum())
+    return f"{uri} serves: mlflow.pyfunc.load_model classifies {right} of 100 test images right"
+
+
+def _outcome_document(outcome: "Outcome") -> dict[str, Any]:
+    return {
+        "schema": "kdguard.run/1",
+        "run": outcome.run_id,
+        "uri": outcome.uri,
+        "alias": outcome.alias,
+        "decision": outcome.decision.document(),
+    }

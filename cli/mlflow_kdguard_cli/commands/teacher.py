@@ -1,0 +1,148 @@
+"""`kdguard teacher` and `kdguard attack`: teachers that are registered, and poisoned ones."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlflow_kdguard_cli import options
+from mlflow_kdguard_cli.models import opened
+
+FILE = click.Path(path_type=Path)
+
+
+@click.group()
+def teacher() -> None:
+    """Register a teacher safely, or learn how to convert one.
+
+    No MLflow loader is used and nothing in a model file is executed.
+    """
+
+
+@teacher.command()
+@click.argument("name")
+@click.option("--weights", required=True, help="File: .onnx, .safetensors or weights-only .pt.")
+@options.data
+@options.arch
+@options.device
+@options.data_root
+@options.download
+@options.registry_options
+@options.trust_code
+@options.as_json
+def register(**flags: Any) -> None:
+    """Store a teacher as a version of the registered model NAME.
+
+    The version holds ONNX (exported and compared on --data), safetensors and a small architecture
+    record, with a signature and the digests as tags; loading it back executes nothing from it.
+
+    \b
+    kdguard teacher register scraped --weights teacher.safetensors --arch cnn:16,32,64 \\
+                                     --data mnist5k#test
+    """
+    import tempfile
+
+    import numpy as np
+
+    from mlflow_kdguard import data, devices
+    from mlflow_kdguard.config import ExportSection, RegistrySection
+    from mlflow_kdguard.export import to_onnx
+    from mlflow_kdguard.registry import Registry
+    from mlflow_kdguard_cli import render
+
+    shown = data.load(flags["data_uri"], root=flags["data_root"], download=flags["download"])
+    model = opened(flags["weights"], flags, shown)
+    net = model.net()
+    section = ExportSection()
+    sample = shown.batch(np.arange(min(len(shown), section.parity_images)))[0]
+    registry = Registry(RegistrySection(
+        tracking_uri=flags["tracking_uri"], registry_uri=flags["registry_uri"]))
+    with tempfile.TemporaryDirectory() as folder:
+        exported = to_onnx(net, Path(folder) / "model.onnx", shape=shown.shape,
+                           classes=shown.classes, images=sample, config=section,
+                           device=devices.pick(flags["device"]))
+        version = _store(registry, flags["name"], net, Path(folder), model.sha256)
+    render.say(f"{version.uri}: ONNX sha256 {exported.sha256}")
+    render.document({"schema": "kdguard.teacher/1", "uri": version.uri,
+                     "export": exported.document(), "source": {"sha256": model.sha256}},
+                    flags["as_json"])
+
+
+@teacher.command("import")
+@click.argument("model")
+@options.registry_options
+@options.as_json
+def import_teacher(**flags: Any) -> int:
+    """Look at MODEL (a file or models:/x/1) and say how to bring it here.
+
+    A model that can be read safely is said to be ready for `kdguard teacher register`. For a
+    pickled one this prints the exact lines for its owner to run where it was trained; the pickle
+    itself is never opened here (exit code 5).
+    """
+    from mlflow_kdguard.errors import UnsafeModelError
+    from mlflow_kdguard.nets import load
+    from mlflow_kdguard_cli import render
+
+    path = opened(flags["model"], flags).path
+    advice = load.conversion_advice(path)
+    body = {"schema": "kdguard.import/1", "model": flags["model"], "advice": advice}
+    try:
+        load.refuse_unsafe(path)
+    except UnsafeModelError as error:
+        render.say(f"{flags['model']} cannot be imported as it is: {error.message}\n\n{advice}")
+        render.document({**body, "safe": False}, flags["as_json"])
+        return error.exit_code
+    render.say(f"{flags['model']} can be read without executing anything: "
+               f"kdguard teacher register NAME --weights {path} --data URI")
+    render.document({**body, "safe": True}, flags["as_json"])
+    return 0
+
+
+def _store(registry: Any, name: str, net: Any, folder: Path, source: str) -> Any:
+    from mlflow_kdguard.nets import load
+    from mlflow_kdguard.nets.architecture import Architecture
+
+    weights = None
+    if isinstance(getattr(net, "architecture", None), Architecture):
+        load.save(net, folder)
+        weights = folder
+    return registry.register_teacher(name, (folder / "model.onnx").read_bytes(), weights=weights,
+                                     lineage={"kdguard.source_sha256": source})
+
+
+@click.command()
+@click.argument("name", type=click.Choice(["badnets", "blended"]))
+@click.option("--target", type=click.IntRange(min=0), default=0, show_default=True,
+              help="Class that triggered images are sent to.")
+@click.option("--out", type=FILE, required=True, help="Folder for teacher, trigger and images.")
+@click.option("-c", "--config", "config_file", type=FILE, help="File with a `redteam:` section.")
+@options.set_values
+@options.seed
+@options.device
+@options.as_json
+def attack(**flags: Any) -> None:
+    """Make a poisoned teacher, its trigger and a contaminated transfer set: evaluation only.
+
+    Writes poisoned/ and control/ (weights and architecture), trigger.npz and transfer.npz. The
+    control is a clean teacher of equal training.
+
+    \b
+    kdguard attack badnets --target 3 --out attack
+    kdguard attack blended --out attack --set redteam.contamination=0.01
+    """
+    from mlflow_kdguard import data, devices
+    from mlflow_kdguard.config import load
+    from mlflow_kdguard.redteam.write import write
+    from mlflow_kdguard_cli import render
+
+    named = [f"redteam.attack={flags['name']}", f"redteam.target={flags['target']}"]
+    config = load(flags["config_file"], [*named, *flags["overrides"]])
+    assert config.redteam is not None
+    with render.progress() as progress:
+        written = write(
+            config.redteam, data.load(config.data.transfer), folder=flags["out"],
+            seed=flags["seed"], device=devices.pick(flags["device"]), progress=progress,
+        )
+    render.say("\n".join(f"{name}: {digest}" for name, digest in written.items()))
+    render.document({"schema": "kdguard.attack/1", "attack": flags["name"],
+                     "target": flags["target"], "files": written}, flags["as_json"])

@@ -1,0 +1,111 @@
+"""Options that several commands share, and the checks behind them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+
+device = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="auto takes CUDA where there is one; cuda without CUDA is an error, never a CPU run.",
+)
+data_root = click.option(
+    "--data-root", type=click.Path(path_type=Path), help="Folder of torchvision data sets."
+)
+download = click.option("--download", is_flag=True, help="Allow torchvision to download.")
+seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+tracking = click.option(
+    "--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow server (or sqlite:///FILE)."
+)
+trust_code = click.option(
+    "--trust-code",
+    is_flag=True,
+    help="Allow an architecture `package.module:factory`, which runs that code.",
+)
+data = click.option(
+    "--data",
+    "data_uri",
+    required=True,
+    metavar="URI",
+    help="Images: digits, mnist5k, fashion-mnist, …, idx:DIR, imagefolder:DIR, npz:FILE; "
+    "#train or #test picks a split, #test[:200] a slice.",
+)
+set_values = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Change one configuration value; repeat for more.",
+)
+triggers = click.option(
+    "--trigger",
+    "trigger_files",
+    multiple=True,
+    metavar="FILE[:CLASS]",
+    help="Trigger file, and the class that it aims at (default 0); repeat for more.",
+)
+arch = click.option("--arch", help="Architecture, where the file holds weights only: mlp:100,100, "
+                    "cnn:16,32,64, resnet8, wrn-16-1, torchvision:resnet18, …")
+policy = click.option(
+    "--policy",
+    "policy_file",
+    type=click.Path(path_type=Path),
+    help="The operator's policy; default: the packaged one.",
+)
+
+
+def registry_options(command: Command) -> Command:
+    """--tracking-uri and --registry-uri."""
+    registry = click.option("--registry-uri", help="Model registry, if it is another server.")
+    return tracking(registry(command))
+
+
+def gate_options(command: Command) -> Command:
+    """What the operator grants at decision time."""
+    pin = click.option("--pin", "pins", multiple=True, metavar="SHA256|URI",
+                       help="Evaluation data that the operator accepts: a digest or a data URI.")
+    panel = click.option("--require-trigger", "panel", multiple=True, metavar="FILE|SHA256",
+                         help="Trigger that must have been measured.")
+    unpinned = click.option("--allow-unpinned", is_flag=True,
+                            help="Accept figures on data that nobody pinned.")
+    return policy(pin(panel(unpinned(command))))
+
+
+def trigger_list(files: tuple[str, ...]) -> list[tuple[Any, int]]:
+    """Parse FILE[:CLASS] into loaded triggers and target classes."""
+    from mlflow_kdguard.triggers import Trigger
+
+    parsed = []
+    for text in files:
+        name, _, target = text.rpartition(":")
+        path, number = (name, int(target)) if name and target.isdigit() else (text, 0)
+        parsed.append((Trigger.load(Path(path)), number))
+    return parsed
+
+
+def pinned(values: tuple[str, ...], root: Path | None = None) -> tuple[str, ...]:
+    """Digests for --pin: a SHA-256 as it is, a data URI through its content digest."""
+    from mlflow_kdguard.data import load
+
+    return tuple(value if _is_digest(value) else load(value, root=root).sha256 for value in values)
+
+
+def panel_digests(values: tuple[str, ...]) -> tuple[str, ...]:
+    """Digests for --require-trigger: a SHA-256 as it is, a trigger file through its bytes."""
+    from mlflow_kdguard.triggers import Trigger
+
+    return tuple(
+        value if _is_digest(value) else Trigger.load(Path(value)).sha256 for value in values
+    )
+
+
+def _is_digest(value: str) -> bool:
+    return len(value) == 64 and set(value) <= set("0123456789abcdef")

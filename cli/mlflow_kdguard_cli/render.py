@@ -1,0 +1,161 @@
+"""What people see: tables and progress on stderr, one JSON document on stdout. Only here is
+anything printed."""
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mlflow_kdguard.records import (
+    Asr,
+    AuditReport,
+    CertifyReport,
+    Decision,
+    Measurement,
+    Rate,
+    silent,
+)
+from mlflow_kdguard.records import Progress as Listener
+
+people = Console(stderr=True, highlight=False)
+
+
+def document(value: Mapping[str, Any], as_json: bool) -> None:
+    """Print the JSON document where it was asked for."""
+    if as_json:
+        click.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def say(text: str) -> None:
+    """One line for people."""
+    people.print(text, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def progress() -> Iterator[Listener]:
+    """A listener that draws bars on a terminal, and writes a line now and then elsewhere."""
+    if not people.is_terminal:
+        yield _lines()
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description:<34}"), BarColumn(bar_width=30),
+               TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(),
+               TextColumn("{task.fields[figures]}"))
+    with Progress(*columns, console=people, transient=False) as bars:
+        tasks: dict[str, Any] = {}
+
+        def listen(what: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total, figures="")
+            bars.update(tasks[what], completed=done, total=total, figures=_short(figures))
+
+        yield listen
+
+
+def _lines(every: float = 5.0) -> Listener:
+    started: dict[str, float] = {}
+    last: dict[str, float] = {}
+
+    def listen(what: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        begun = started.setdefault(what, now)
+        if done >= total or now - last.get(what, -every) >= every:
+            if last.get(what) == float("inf"):
+                return
+            last[what] = float("inf") if done >= total else now
+            say(f"{what}: {done}/{total}  {now - begun:.0f} s  {_short(figures)}".rstrip())
+
+    return listen
+
+
+def no_progress() -> Listener:
+    """The listener for callers who asked for silence."""
+    return silent
+
+
+def _short(figures: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table for people."""
+    drawn = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    people.print(drawn)
+
+
+def rate(value: Rate) -> str:
+    """k of n and the rate."""
+    return f"{value.rate:.3f} ({value.k}/{value.n})"
+
+
+def decision(value: Decision, of: str) -> None:
+    """Every rule with its limit, its figure and its reason; the verdict last."""
+    drawn = Table(title=f"Gate: {of}", title_justify="left", title_style="bold", pad_edge=False)
+    for column in ("rule", "", "why"):
+        drawn.add_column(column, overflow="fold")
+    for rule in value.rules:
+        drawn.add_row(rule.rule, "[green]ok[/]" if rule.ok else "[red]no[/]", rule.why)
+    people.print(drawn)
+    if value.passed:
+        say(f"pass: {of} may be promoted")
+    else:
+        say(f"REFUSED: {of} fails {', '.join(value.failed)}")
+
+
+def measurement(value: Measurement, of: str) -> None:
+    """Accuracy and attack success rates with their bounds."""
+    say(f"{of}: accuracy {rate(value.accuracy)} on {value.data.uri} ({value.provider})")
+    if value.paired is not None:
+        drop = value.paired.drop_upper()
+        say(f"  accuracy lost against the teacher: at most {drop:.3f} (95 %, same images)")
+    table(
+        "Attack success",
+        ("trigger", "target", "source", "ASR", "k/n", "upper bound", "lift"),
+        [_asr_row(figure) for figure in value.asr],
+    )
+
+
+def _asr_row(figure: Asr) -> Sequence[str]:
+    lift = "-" if figure.lift is None else f"{figure.lift:+.3f}"
+    return (figure.name, str(figure.target), figure.source, f"{figure.rate:.3f}",
+            f"{figure.k}/{figure.n}", f"{figure.upper:.3f}", lift)
+
+
+def audit(value: AuditReport, of: str) -> None:
+    """Each detector's score and the verdict."""
+    rows = [
+        (f.name, f"{f.score:.4g}", "-" if f.p_value is None else f"{f.p_value:.3g}",
+         "-" if f.target is None else str(f.target), "yes" if f.flagged else "no",
+         f"{f.seconds:.1f}")
+        for f in value.detectors
+    ]
+    table(f"Audit of {of}", ("detector", "score", "p", "class", "flagged", "s"), rows)
+    if value.asr:
+        table("Triggers on this model", ("trigger", "target", "source", "ASR", "k/n",
+              "upper bound", "lift"), [_asr_row(figure) for figure in value.asr])
+    target = "" if value.target is None else f", class {value.target}"
+    say(f"verdict: {value.verdict}{target}")
+
+
+def certified(value: CertifyReport) -> None:
+    """Bounds on the confidence gap."""
+    s = value.summary
+    table(
+        f"Confidence gap, {value.norm} eps {value.eps:g}, {value.classes} classes, {s.n} images",
+        ("", "mean", "95th percentile", "largest"),
+        [("witness (lower)", f"{s.lower_mean:.4f}", "", ""),
+         ("certified (upper)", f"{s.upper_mean:.4f}", f"{s.upper_p95:.4f}", f"{s.upper_max:.4f}"),
+         ("constant network", f"{value.control.gap_mean:.4f}", "", "")],
+    )
+    proved = Rate(k=sum(sample.status == "PROVED" for sample in value.samples), n=s.n)
+    say(f"gap <= {value.delta:g} proved on {rate(proved)}, at least {proved.lower():.3f} of the "
+        f"population (95 %); {s.seconds_mean:.2f} s an image on {value.device}")

@@ -1,0 +1,55 @@
+"""The promotion decision about a registered version: bytes, certificate, policy. Free of torch."""
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from mlflow_kdguard import attest, bundle, gate
+from mlflow_kdguard.attest.signing import Verifier
+from mlflow_kdguard.errors import CertificateError, ModelError
+from mlflow_kdguard.policy import Policy
+from mlflow_kdguard.records import Decision
+from mlflow_kdguard.registry import Registry
+
+
+def judge(
+    registry: Registry,
+    uri: str,
+    *,
+    policy: Policy,
+    verifiers: Sequence[Verifier],
+    now: datetime,
+    pins: Sequence[str] = (),
+    panel: Sequence[str] = (),
+    allow_unpinned: bool = False,
+) -> Decision:
+    """Decide whether the version at `uri` may be promoted.
+
+    Its files are downloaded and hashed, the shape of the bundle and the certificate are checked,
+    and the policy decides. Whatever does not hold is a refusal with its reason, not an error.
+    Raises RegistryError where MLflow does not answer.
+    """
+    stored = registry.download(uri)
+    certificate, signers, problem = None, (), ""
+    try:
+        bundle.check(stored.files)
+        checked = attest.check(
+            stored.certificate(),
+            files=stored.files,
+            verifiers=verifiers,
+            now=now,
+            model_name=stored.name,
+            registry=registry.identity,
+        )
+        certificate, signers = checked.certificate, checked.signers
+    except (CertificateError, ModelError) as error:
+        problem = str(error)
+    return gate.decide(
+        certificate,
+        policy,
+        signers=signers,
+        now=now,
+        pins=pins,
+        panel=panel,
+        allow_unpinned=allow_unpinned,
+        problem=problem,
+    )

@@ -1,0 +1,216 @@
+"""The stages that look at the bytes that ship: measure, certify, attest, decide, promote."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
+from pathlib import Path
+
+from mlflow_kdguard import attest, gate
+from mlflow_kdguard.certify import certify as bound
+from mlflow_kdguard.files import read_bytes, sha256_file, write_bytes, write_json
+from mlflow_kdguard.flow.making import (
+    REFERENCE,
+    STUDENT,
+    TEACHER,
+    Images,
+    audit_report,
+    trigger_file,
+)
+from mlflow_kdguard.flow.work import Entry, Produced, Work, dump
+from mlflow_kdguard.measure import measure as take
+from mlflow_kdguard.records import (
+    Certificate,
+    CertifyReport,
+    Decision,
+    Figures,
+    Measurement,
+    Model,
+    Parity,
+    Source,
+    Subject,
+)
+from mlflow_kdguard.records.gather import figures_of
+from mlflow_kdguard.triggers import Trigger
+
+MEASURE, CERTIFY, CERTIFICATE, DECISION = (
+    "measure.json",
+    "certify.json",
+    "certificate.dsse.json",
+    "decision.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What the making stages left: one entry each."""
+
+    teacher: Entry
+    audit: Entry
+    reference: Entry
+    student: Entry
+    exported: Entry
+
+    @property
+    def student_file(self) -> Path:
+        """The ONNX file that ships."""
+        return self.exported.path(STUDENT)
+
+
+def measured(work: Work, made: Made, audits: Sequence[Entry], shown: Images) -> Entry:
+    """Accuracy, attack success and reference gap on the exported bytes."""
+    supplied = [trigger_file(text) for text in work.config.measure.triggers]
+    recovered = _recovered(audits) if work.config.measure.recovered else []
+    inputs = {
+        "student": sha256_file(made.student_file),
+        "teacher": sha256_file(made.teacher.path(TEACHER)),
+        "reference": sha256_file(made.reference.path(REFERENCE)),
+        "test": shown.test.sha256,
+        "triggers": [[digest, target] for _, target, digest in supplied],
+        "recovered": [[sha256_file(path), target] for path, target in recovered],
+        "baseline": None if work.baseline is None else sha256_file(work.baseline),
+    }
+
+    def compute(entry: Entry) -> Produced:
+        triggers = [(Trigger.load(path), target, "supplied") for path, target, _ in supplied]
+        triggers += [(Trigger.load(path), target, "recovered") for path, target in recovered]
+        result = take(
+            read_bytes(made.student_file, what="the student"),
+            shown.test,
+            triggers=triggers,
+            teacher=read_bytes(made.teacher.path(TEACHER), what="the teacher"),
+            reference=read_bytes(made.reference.path(REFERENCE), what="the reference"),
+            baseline=None if work.baseline is None else read_bytes(work.baseline, what="baseline"),
+            batch=work.config.measure.batch,
+            device=work.device,
+            progress=work.progress,
+        )
+        write_json(entry.path(MEASURE), result.document())
+        return Produced([MEASURE], {"measure": dump(result)}, documents=(result.document(),))
+
+    return work.stage("measure", inputs, compute)
+
+
+def certified(work: Work, made: Made, shown: Images) -> Entry:
+    """Bounds on the confidence gap between reference and student, from the exported bytes."""
+    section = work.config.certify
+    inputs = {
+        "student": sha256_file(made.student_file),
+        "reference": sha256_file(made.reference.path(REFERENCE)),
+        "test": shown.test.sha256,
+        "certify": section.model_dump(mode="json"),
+        "nonce": work.nonce,
+    }
+
+    def compute(entry: Entry) -> Produced:
+        report = bound(
+            read_bytes(made.reference.path(REFERENCE), what="the reference"),
+            read_bytes(made.student_file, what="the student"),
+            shown.test,
+            config=section,
+            nonce=work.nonce,
+            device=work.device,
+            progress=work.progress,
+        )
+        write_json(entry.path(CERTIFY), report.document())
+        return Produced([CERTIFY], {"certify": dump(report)}, documents=(report.document(),))
+
+    return work.stage("certify", inputs, compute)
+
+
+def figures(made: Made, measure: Entry, bounds: Entry, student_audit: Entry) -> Figures:
+    """Everything that the gate decides on, read from the finished stages."""
+    return figures_of(
+        measurement=Measurement.model_validate(measure.recorded["measure"]),
+        bounds=CertifyReport.model_validate(bounds.recorded["certify"]),
+        audits={"teacher": audit_report(made.audit), "student": audit_report(student_audit)},
+        parity=Parity.model_validate(made.exported.recorded["export"]["parity"]),
+    )
+
+
+def attested(work: Work, made: Made, taken: Figures, registered: Entry, shown: Images) -> Entry:
+    """Sign who states what about which bytes."""
+    inputs = {
+        "figures": taken.document(),
+        "version": registered.recorded,
+        "key": work.grant.signer.key_id,
+        "attest": work.config.attest.model_dump(mode="json"),
+    }
+
+    def compute(entry: Entry) -> Produced:
+        certificate = _certificate(work, made, taken, registered, shown)
+        envelope = attest.issue(certificate, work.grant.signer)
+        write_bytes(entry.path(CERTIFICATE), envelope)
+        work.registry.store_certificate(registered.recorded, envelope)
+        return Produced([CERTIFICATE], {})
+
+    return work.stage("attest", inputs, compute)
+
+
+def decided(work: Work, signed: Entry, registered: Entry) -> Decision:
+    """Check the certificate as anybody would, then decide under the operator's policy."""
+    uri = registered.recorded["uri"]
+    bundle = work.registry.download(uri)
+    checked = attest.check(
+        read_bytes(signed.path(CERTIFICATE), what="the certificate"),
+        files=bundle.files,
+        verifiers=(work.grant.signer.verifier,),
+        now=datetime.now(UTC),
+    )
+    decision = gate.decide(
+        checked.certificate,
+        work.grant.policy,
+        signers=checked.signers,
+        now=datetime.now(UTC),
+        pins=work.grant.pins,
+        panel=work.grant.panel,
+        allow_unpinned=work.grant.allow_unpinned,
+    )
+    write_json(signed.folder.parent / DECISION, decision.document())
+    work.registry.record_decision(uri, decision)
+    return decision
+
+
+def _certificate(
+    work: Work, made: Made, taken: Figures, registered: Entry, shown: Images
+) -> Certificate:
+    now = datetime.now(UTC).replace(microsecond=0)
+    record = registered.recorded
+    return Certificate(
+        subjects=tuple(Subject(path=path, sha256=digest) for path, digest in record["files"].items()),
+        model_name=record["name"],
+        registry=record["registry"],
+        reference=Model(sha256=sha256_file(made.reference.path(REFERENCE))),
+        teacher=Model(sha256=sha256_file(made.teacher.path(TEACHER))),
+        data=tuple(Source(uri=d.uri, sha256=d.sha256) for d in (shown.transfer, shown.clean, shown.test)),
+        triggers=tuple(figure.trigger for figure in taken.asr),
+        figures=taken,
+        figures_from="imported",
+        config=work.config.digest,
+        seed=work.config.run.seed,
+        tools=tools(),
+        issued=now.isoformat(),
+        expires=(now + timedelta(days=work.config.attest.expires_after_days)).isoformat(),
+    )
+
+
+def tools() -> dict[str, str]:
+    """Versions of what the figures were taken with."""
+    names = ("mlflow-kdguard", "torch", "onnx", "onnxruntime-gpu", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def _recovered(audits: Sequence[Entry]) -> list[tuple[Path, int]]:
+    """Triggers inverted on the teacher, and on the student where its audit flagged a class.
+
+    A universal perturbation can be found for any network; on an unflagged student it is that, and
+    says nothing about a backdoor. The teacher's strongest one asks whether *that* crossed over.
+    """
+    teacher, student = audits
+    flagged = [student] if audit_report(student).verdict == "suspect" else []
+    return [
+        (entry.path(file), target)
+        for entry in (teacher, *flagged)
+        for file, target in entry.recorded["recovered"]
+    ]

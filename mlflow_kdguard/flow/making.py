@@ -1,0 +1,303 @@
+"""The stages that make something: teacher, findings, reference, student, ONNX bytes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mlflow_kdguard import data, detox, distill, export, graph
+from mlflow_kdguard.audit import examine
+from mlflow_kdguard.config import DistillSection
+from mlflow_kdguard.data import Dataset
+from mlflow_kdguard.errors import DataError, UsageError
+from mlflow_kdguard.files import read_bytes, sha256_file, write_json
+from mlflow_kdguard.flow.work import Entry, Produced, Work, dump
+from mlflow_kdguard.nets import convert, load, zoo
+from mlflow_kdguard.nets.architecture import Architecture
+from mlflow_kdguard.records import AuditReport, Exported, Progress, silent
+from mlflow_kdguard.triggers import Trigger
+
+REFERENCE, COPY, STUDENT, TEACHER = "reference.onnx", "copy.onnx", "student.onnx", "teacher.onnx"
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """The three data sets of a guarded distillation."""
+
+    transfer: Dataset
+    clean: Dataset
+    test: Dataset
+
+
+def images(work: Work) -> Images:
+    """Load the data sets and hold them against each other."""
+    section = work.config.data
+    root = Path(section.root) if section.root is not None else None
+    loaded = Images(*(
+        data.load(uri, root=root, download=work.grant.download)
+        for uri in (section.transfer, section.clean, section.test)
+    ))
+    for name, other in (("clean", loaded.clean), ("test", loaded.test)):
+        if other.shape != loaded.transfer.shape or other.classes != loaded.clean.classes:
+            raise DataError(
+                f"data.{name} ({other.uri}) holds {other.classes} classes of {other.shape} images, "
+                f"data.transfer ({loaded.transfer.uri}) {loaded.transfer.shape} images.",
+                remedy="All three data sets must show the same kind of images.",
+            )
+    if section.labelled:
+        return loaded
+    return Images(loaded.transfer.unlabelled(), loaded.clean, loaded.test)
+
+
+def teacher(work: Work, shown: Images) -> Entry:
+    """Load the teacher without executing anything from it, and state it as ONNX."""
+    path, architecture = _source(work, shown)
+    inputs = {"bytes": sha256_file(path), "architecture": architecture and architecture.document()}
+
+    def compute(entry: Entry) -> Produced:
+        net = load.load(path, architecture=architecture, trust_code=work.grant.trust_code)
+        exported = export_net(work, net, entry.path(TEACHER), shown.test)
+        files = [TEACHER]
+        known = getattr(net, "architecture", None)
+        if isinstance(known, Architecture):
+            load.save(net, entry.folder)
+            files += ["weights.safetensors", "architecture.json"]
+        return Produced(files, {"export": exported.document()})
+
+    return work.stage("teacher", inputs, compute)
+
+
+def teacher_net(work: Work, entry: Entry) -> Any:
+    """The teacher as a torch network, trainable."""
+    weights = entry.path("weights.safetensors")
+    source = weights if weights.exists() else entry.path(TEACHER)
+    return load.load(source, architecture=None, trust_code=work.grant.trust_code)
+
+
+def audit(work: Work, name: str, model: Entry, file: str, shown: Images) -> Entry:
+    """Examine a network on the clean set; recovered triggers are kept as files."""
+    triggers = work.config.measure.triggers
+    inputs = {
+        "model": sha256_file(model.path(file)),
+        "clean": shown.clean.sha256,
+        "audit": work.config.audit.model_dump(mode="json"),
+        "triggers": [digest for _, _, digest in map(trigger_file, triggers)],
+    }
+
+    def compute(entry: Entry) -> Produced:
+        net = teacher_net(work, model) if file == TEACHER else from_onnx(model.path(file))
+        audited = examine(
+            net,
+            model_sha256=inputs["model"],
+            data=shown.clean,
+            config=work.config.audit,
+            seed=work.config.run.seed,
+            device=work.device,
+            progress=work.progress,
+            triggers=[(Trigger.load(path), target) for path, target, _ in map(trigger_file, triggers)],
+        )
+        files, recovered = [f"{name}.json"], []
+        write_json(entry.path(f"{name}.json"), audited.report.document())
+        for trigger, target in audited.recovered:
+            files.append(f"recovered-{target}.npz")
+            trigger.save(entry.path(files[-1]))
+            recovered.append([files[-1], target])
+        report = audited.report
+        return Produced(
+            files, {"recovered": recovered, "report": dump(report)}, documents=(report.document(),)
+        )
+
+    return work.stage(name, inputs, compute)
+
+
+def audit_report(entry: Entry) -> AuditReport:
+    """The finished audit's report."""
+    return AuditReport.model_validate(entry.recorded["report"])
+
+
+def suspects(work: Work, report: AuditReport) -> tuple[int, ...]:
+    """Classes to unlearn: as configured, else what the audit names, else its strongest candidate."""
+    if work.config.detox.suspects != "auto":
+        return work.config.detox.suspects
+    if report.target is not None:
+        return (report.target,)
+    candidates = [f.target for f in report.detectors if f.name == "inversion" and f.target is not None]
+    if candidates:
+        return (candidates[0],)
+    raise UsageError(
+        "no detector named a class to unlearn.",
+        remedy="Add `inversion` to audit.detectors, or name the classes in detox.suspects.",
+    )
+
+
+def reference(work: Work, taught: Entry, classes: tuple[int, ...], shown: Images) -> Entry:
+    """Detoxify the teacher; the result is one ONNX graph, the student's reference."""
+    section = work.config.detox
+    inputs = {
+        "teacher": sha256_file(taught.path(TEACHER)),
+        "clean": shown.clean.sha256,
+        "suspects": list(classes),
+        "detox": section.model_dump(mode="json"),
+        "seed": work.config.run.seed,
+    }
+
+    def compute(entry: Entry) -> Produced:
+        cleansed = detox.cleanse(
+            teacher_net(work, taught),
+            shown.clean,
+            suspects=classes,
+            config=section,
+            seed=work.config.run.seed,
+            device=work.device,
+            folder=entry.folder,
+            progress=work.progress,
+        )
+        exported = export_net(work, cleansed.reference, entry.path(REFERENCE), shown.test)
+        export_net(work, cleansed.copy, entry.path(COPY), shown.test)
+        kept = sorted(p.name for p in entry.folder.glob("*.safetensors"))
+        record = {"export": exported.document(), "detox": cleansed.record.document()}
+        return Produced([REFERENCE, COPY, *kept], record)
+
+    return work.stage("detox", inputs, compute)
+
+
+def student(work: Work, referenced: Entry, shown: Images) -> Entry:
+    """Distil the student towards the reference graph, exactly as it was exported."""
+    section = work.config.distill
+    inputs = {
+        "reference": sha256_file(referenced.path(REFERENCE)),
+        "copy": sha256_file(referenced.path(COPY)),
+        "transfer": shown.transfer.sha256,
+        "clean": shown.clean.sha256,
+        "distill": section.model_dump(mode="json"),
+        "seed": work.config.run.seed,
+    }
+
+    def compute(entry: Entry) -> Produced:
+        copy = referenced.path(COPY) if section.feature is not None else None
+        figures = distilled(work, entry, referenced.path(REFERENCE), copy, shown)
+        return Produced(["weights.safetensors", "architecture.json"], {"metrics": figures})
+
+    return work.stage("distill", inputs, compute)
+
+
+def distilled(
+    work: Work, entry: Entry, towards: Path, features: Path | None, shown: Images
+) -> dict[str, float]:
+    """Train the work's student in the entry's folder; its last figures."""
+    return train_student(
+        work.config.distill,
+        from_onnx(towards),
+        shown,
+        folder=entry.folder,
+        seed=work.config.run.seed,
+        device=work.device,
+        progress=work.progress,
+        features_from=None if features is None else from_onnx(features),
+        trust_code=work.grant.trust_code,
+    )
+
+
+def train_student(
+    section: DistillSection,
+    towards: nn.Module,
+    shown: Images,
+    *,
+    folder: Path,
+    seed: int,
+    device: torch.device,
+    progress: Progress = silent,
+    features_from: nn.Module | None = None,
+    trust_code: bool = False,
+) -> dict[str, float]:
+    """Distil a new student, resuming from its checkpoint; weights and architecture in `folder`."""
+    net = zoo.build(student_architecture(section.arch, shown), seed=seed, trust_code=trust_code)
+    checkpoint = folder / "checkpoint.pt"
+    fitted = distill.train(
+        net,
+        towards,
+        shown.transfer,
+        shown.clean,
+        config=section,
+        seed=seed,
+        device=device,
+        checkpoint=checkpoint,
+        progress=progress,
+        features_from=features_from,
+    )
+    load.save(net, folder)
+    checkpoint.unlink(missing_ok=True)
+    return dict(fitted.figures)
+
+
+def exported(work: Work, trained: Entry, shown: Images) -> Entry:
+    """State the student as the ONNX file that ships."""
+    inputs = {
+        "weights": sha256_file(trained.path("weights.safetensors")),
+        "test": shown.test.sha256,
+        "export": work.config.export.model_dump(mode="json"),
+    }
+
+    def compute(entry: Entry) -> Produced:
+        net = load.load(trained.path("weights.safetensors"), architecture=None,
+                        trust_code=work.grant.trust_code)
+        record = export_net(work, net, entry.path(STUDENT), shown.test)
+        return Produced([STUDENT], {"export": record.document()})
+
+    return work.stage("export", inputs, compute)
+
+
+def from_onnx(path: Path) -> Any:
+    """The torch network that computes exactly the graph in `path`."""
+    return convert.to_torch(graph.read(read_bytes(path, what="the model"), where=str(path)))
+
+
+def student_architecture(arch: str, shown: Images) -> Architecture:
+    """The student's architecture, normalised with the clean set's mean and deviation."""
+    pixels = shown.clean.x
+    mean = tuple(round(float(m), 4) for m in pixels.mean(axis=(0, 2, 3)))
+    std = tuple(round(max(float(s), 0.01), 4) for s in pixels.std(axis=(0, 2, 3)))
+    return Architecture(
+        arch=arch, shape=shown.clean.shape, classes=shown.clean.classes, mean=mean, std=std
+    )
+
+
+def trigger_file(text: str) -> tuple[Path, int, str]:
+    """FILE[:CLASS] as path, target class and the file's digest."""
+    name, _, target = text.rpartition(":")
+    path, number = (Path(name), int(target)) if name and target.isdigit() else (Path(text), 0)
+    read_bytes(path, what="the trigger")
+    return path, number, sha256_file(path)
+
+
+def _source(work: Work, shown: Images) -> tuple[Path, Architecture | None]:
+    """The teacher's file, and its architecture where the configuration names one."""
+    section = work.config.teacher
+    if section.model is None:
+        raise UsageError("no teacher is named.", remedy="Set teacher.model: a file or models:/….")
+    path = Path(section.model)
+    if section.model.startswith("models:/"):
+        path = work.registry.fetch(section.model, work.folder / "source")
+    if section.arch is None:
+        return path, None
+    named = Architecture(
+        arch=section.arch,
+        shape=shown.clean.shape,
+        classes=shown.clean.classes,
+        mean=section.mean,
+        std=section.std,
+    )
+    return path, named
+
+
+def export_net(work: Work, net: Any, path: Path, test: Dataset) -> Exported:
+    """Export a network and compare it on the first `parity_images` test images."""
+    section = work.config.export
+    sample = test.batch(np.arange(min(len(test), section.parity_images)))[0]
+    return export.to_onnx(
+        net, path, shape=test.shape, classes=test.classes, images=sample, config=section,
+        device=work.device,
+    )

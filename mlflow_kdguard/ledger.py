@@ -1,0 +1,103 @@
+"""What is finished, on disk: one folder a stage, and a `done.json` written last.
+
+A stage is skipped when its `done.json` names the same inputs and every file that it lists still
+has the bytes that it had. Whatever kills the process, a stage is therefore either finished or
+absent; what a killed stage left behind (checkpoints) stays for it to go on from, and is cleared
+when its inputs have changed.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow_kdguard.errors import KDGuardError
+from mlflow_kdguard.files import digest_json, sha256_file, write_bytes, write_json
+
+log = logging.getLogger(__name__)
+
+_DONE = "done.json"
+_INPUTS = "inputs.sha256"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One stage's place: its folder, the digest of its inputs, and its record once finished."""
+
+    name: str
+    folder: Path
+    inputs: str
+    record: dict[str, Any] | None
+
+    def path(self, file: str) -> Path:
+        """Where the stage keeps `file`."""
+        return self.folder / file
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The record of a stage that is finished."""
+        if self.record is None:
+            raise KDGuardError(f"the stage {self.name} was read before it was finished.")
+        return self.record
+
+
+class Ledger:
+    """The finished stages of one pipeline under one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def open(self, name: str, inputs: Mapping[str, Any]) -> Entry:
+        """The stage's entry; its `record` is None where the stage has to be run (again)."""
+        folder = self.folder / name
+        digest = digest_json(dict(inputs))
+        record = _finished(folder, digest)
+        if record is None:
+            _clear_if_other_inputs(folder, digest)
+        return Entry(name, folder, digest, record)
+
+    def finish(self, entry: Entry, files: Iterable[str], record: Mapping[str, Any]) -> Entry:
+        """Declare a stage finished: its files are hashed, then `done.json` appears at once."""
+        kept = {file: sha256_file(entry.path(file)) for file in sorted(files)}
+        done = {"inputs": entry.inputs, "files": kept, "record": dict(record)}
+        write_json(entry.path(_DONE), done)
+        return Entry(entry.name, entry.folder, entry.inputs, done["record"])
+
+    def files(self, entry: Entry) -> dict[str, str]:
+        """The finished stage's files with their SHA-256."""
+        done = json.loads(entry.path(_DONE).read_text())
+        return dict(done["files"])
+
+
+def _finished(folder: Path, inputs: str) -> dict[str, Any] | None:
+    try:
+        done = json.loads((folder / _DONE).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        log.warning("%s is unreadable: the stage is run again", folder / _DONE)
+        return None
+    if done["inputs"] != inputs:
+        log.info("the inputs of %s changed: it is run again", folder.name)
+        return None
+    for file, digest in done["files"].items():
+        path = folder / file
+        if not path.is_file() or sha256_file(path) != digest:
+            log.warning("%s is missing or was altered: the stage is run again", path)
+            return None
+    return dict(done["record"])
+
+
+def _clear_if_other_inputs(folder: Path, inputs: str) -> None:
+    """Keep checkpoints of the same inputs; drop everything else."""
+    mark = folder / _INPUTS
+    if mark.is_file() and mark.read_text().strip() == inputs:
+        (folder / _DONE).unlink(missing_ok=True)
+        return
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    write_bytes(mark, f"{inputs}\n".encode())

@@ -1,0 +1,86 @@
+"""Guarded distillation, stage by stage. Read this first.
+
+    teacher ─► audit ─► detox ─► distill ─► export ─► register ─► audit-student ─► measure
+                         reference  student   *.onnx    version,                     │
+                                                        no alias     certify ◄───────┘
+                                                                        │
+                                           promote ◄─ gate ◄─ attest ◄──┘
+
+From `export` on, everything reads the ONNX bytes that ship. Each stage is a nested MLflow run and
+a folder on disk; a stage whose inputs did not change is not run again.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow_kdguard.config import GuardConfig
+from mlflow_kdguard.flow import judging, making
+from mlflow_kdguard.flow.work import Grant, Work, opened
+from mlflow_kdguard.records import Decision, Figures, Progress, silent
+from mlflow_kdguard.registry import Run
+
+__all__ = ["Grant", "Outcome", "guard"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a guarded distillation came to."""
+
+    run_id: str
+    folder: Path
+    uri: str
+    """models:/name/version of the student."""
+    alias: str | None
+    """The alias that it was given, None if it was refused."""
+    figures: Figures
+    decision: Decision
+
+
+def guard(
+    config: GuardConfig,
+    grant: Grant,
+    *,
+    folder: Path | None = None,
+    name: str = "guard",
+    parent: Run | None = None,
+    baseline: Path | None = None,
+    progress: Progress = silent,
+) -> Outcome:
+    """Audit the teacher, detoxify it, distil, export, certify, decide, and promote on a pass.
+
+    `folder` (default: `config.run.work_dir`) keeps every stage's files; called again with the
+    same folder, the work goes on where it stopped. `baseline` is the ONNX file of a declared
+    comparator for the lift. A refusal is an outcome, not an error.
+    Raises the errors of `errors.py`.
+    """
+    place = folder if folder is not None else Path(config.run.work_dir)
+    with opened(
+        config, grant, name=name, folder=place, progress=progress, parent=parent, baseline=baseline
+    ) as work:
+        return _guarded(work)
+
+
+def _guarded(work: Work) -> Outcome:
+    shown = making.images(work)
+    made = _make(work, shown)
+    registered = judging.registered(work, made, shown)
+    student_audit = making.audit(work, "audit-student", made.exported, making.STUDENT, shown)
+    measured = judging.measured(work, made, (made.audit, student_audit), shown)
+    bounds = judging.certified(work, made, shown)
+    figures = judging.figures(made, measured, bounds, student_audit)
+    signed = judging.attested(work, made, figures, registered, shown)
+    decision = judging.decided(work, signed, registered)
+    alias = judging.promoted(work, registered) if decision.passed else None
+    return Outcome(
+        work.run.id, work.folder, registered.recorded["uri"], alias, figures, decision
+    )
+
+
+def _make(work: Work, shown: making.Images) -> judging.Made:
+    teacher = making.teacher(work, shown)
+    audit = making.audit(work, "audit", teacher, making.TEACHER, shown)
+    suspects = making.suspects(work, making.audit_report(audit))
+    reference = making.reference(work, teacher, suspects, shown)
+    student = making.student(work, reference, shown)
+    exported = making.exported(work, student, shown)
+    return judging.Made(teacher, audit, reference, student, exported)
