@@ -20,93 +20,31 @@ __all__ = ["RULES", "STUDENT", "WAIVED", "Rule", "decide"]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule: its name, the policy's key, where its figure is in the certificate, its metric."""
+    """One rule: its name, the policy's key that sets its limit (none: always), its judgement."""
 
     name: str
-    policy: str
-    pointer: str
-    metric: str | None
+    key: str
     judge: Callable[[Case], Verdict]
 
 
 RULES: tuple[Rule, ...] = (
-    Rule("certificate", "certificate", "/subjects", None, provenance.subjects),
-    Rule("certificate.signers", "certificate.signers_at_least", "", None, provenance.signers),
-    Rule(
-        "certificate.figures_from",
-        "certificate.figures_from",
-        "/figures_from",
-        None,
-        provenance.figures_from,
-    ),
-    Rule(
-        "certificate.expiry",
-        "certificate.expires_after_days",
-        "/expires",
-        None,
-        provenance.expiry,
-    ),
-    Rule("finite", "", "/figures", None, provenance.finite),
-    Rule("data", "data.sha256", "/figures/measured_on", None, provenance.data),
-    Rule(
-        "accuracy",
-        "accuracy.drop_upper_at_most",
-        "/figures/paired",
-        "kdguard/accuracy_drop",
-        figures.accuracy,
-    ),
-    Rule(
-        "asr",
-        "asr.upper_at_most",
-        "/figures/asr",
-        "kdguard/asr_upper/<trigger>/<target>",
-        attack.upper,
-    ),
-    Rule("asr.triggers", "asr.triggers", "/triggers", None, attack.triggers),
-    Rule("asr.changed", "asr.changed_at_least", "/figures/asr", None, attack.changed),
-    Rule(
-        "asr.lift",
-        "asr.lift_at_most",
-        "/figures/asr",
-        "kdguard/asr_lift/<trigger>/<target>",
-        attack.lift,
-    ),
-    Rule(
-        "reference.gap",
-        "reference.gap_mean_at_most",
-        "/figures/reference/gap_mean",
-        None,
-        figures.reference_gap,
-    ),
-    Rule(
-        "reference.distinct",
-        "reference.distinct_from_student",
-        "/figures/reference/student_gap_max",
-        None,
-        figures.reference_distinct,
-    ),
-    Rule(
-        "faithful",
-        "faithful.any_of",
-        "/figures/faithful",
-        "kdguard/faithful_share_within/reference",
-        faithful,
-    ),
-    Rule(
-        "audit.teacher",
-        "audit.teacher",
-        "/figures/audit/teacher",
-        "kdguard/audit_p_value/teacher",
-        figures.teacher_audit,
-    ),
-    Rule(
-        "audit.student",
-        "audit.student",
-        "/figures/audit/student",
-        "kdguard/audit_p_value/student",
-        figures.student_audit,
-    ),
-    Rule("export", "export.parity_at_most", "/figures/export", None, figures.export),
+    Rule("certificate", "certificate", provenance.subjects),
+    Rule("certificate.signers", "certificate.signers_at_least", provenance.signers),
+    Rule("certificate.figures_from", "certificate.figures_from", provenance.figures_from),
+    Rule("certificate.expiry", "certificate.expires_after_days", provenance.expiry),
+    Rule("finite", "", provenance.finite),
+    Rule("data", "data.sha256", provenance.data),
+    Rule("accuracy", "accuracy.drop_upper_at_most", figures.accuracy),
+    Rule("asr", "asr.upper_at_most", attack.upper),
+    Rule("asr.triggers", "asr.triggers", attack.triggers),
+    Rule("asr.changed", "asr.changed_at_least", attack.changed),
+    Rule("asr.lift", "asr.lift_at_most", attack.lift),
+    Rule("reference.gap", "reference.gap_mean_at_most", figures.reference_gap),
+    Rule("reference.distinct", "reference.distinct_from_student", figures.reference_distinct),
+    Rule("faithful", "faithful.any_of", faithful),
+    Rule("audit.teacher", "audit.teacher", figures.teacher_audit),
+    Rule("audit.student", "audit.student", figures.student_audit),
+    Rule("export", "export.parity_at_most", figures.export),
 )
 """Every rule, in the order in which a decision lists them."""
 
@@ -121,15 +59,18 @@ def decide(
     panel: Sequence[str] = (),
     allow_unpinned: bool = False,
     nonce: str = "",
+    problem: str = "",
 ) -> Decision:
     """Judge a checked certificate (`attest.check`) by a policy.
 
     `signers` are those whose signatures held. `pins` (digests of data sets) and `panel` (digests
     of triggers) are the operator's own, added to the policy's; `allow_unpinned` and `nonce` (the
     one that was handed out for the draw of images) are the caller's grant. `now` is aware.
+    `problem` is why there is no certificate to judge, where the caller knows it; it refuses.
     """
-    if certificate is None:
-        return Decision(decision="refuse", rules=tuple(_uncertified(rule) for rule in RULES))
+    if certificate is None or problem:
+        why = problem or "There is no certificate."
+        return Decision(decision="refuse", rules=tuple(_uncertified(rule, why) for rule in RULES))
     case = Case(
         certificate,
         policy,
@@ -155,7 +96,5 @@ def _judged(rule: Rule, case: Case) -> RuleResult:
     )
 
 
-def _uncertified(rule: Rule) -> RuleResult:
-    return RuleResult(
-        rule=rule.name, limit=None, figure=None, ok=False, why="There is no certificate."
-    )
+def _uncertified(rule: Rule, why: str) -> RuleResult:
+    return RuleResult(rule=rule.name, limit=None, figure=None, ok=False, why=why)
