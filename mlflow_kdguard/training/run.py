@@ -94,8 +94,12 @@ class Run:
         self._net.train()
         self._along.train()
         self._sgd.zero_grad(set_to_none=True)
+        # No cache of casts: one made under no_grad would cut the weights off from the gradient.
         with torch.autocast(
-            self._device.type, _AMP.get(self._loop.amp), enabled=self._loop.amp != "off"
+            self._device.type,
+            _AMP.get(self._loop.amp),
+            enabled=self._loop.amp != "off",
+            cache_enabled=False,
         ):
             value = loss(self._net, batch)
         self._scaler.scale(value).backward()  # type: ignore[no-untyped-call]
