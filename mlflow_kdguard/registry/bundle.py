@@ -1,0 +1,251 @@
+"""What a model version holds: files as bytes. Nothing in this file executes any of them.
+
+A guarded student's bundle is exactly `BUNDLE`, and its MLmodel is the one that `student_files`
+makes of the same ONNX bytes: no time, no run and no random number is in it, so that anybody can
+make it again and compare (`docs/threat-model.md`, 11).
+"""
+
+import importlib.metadata
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import onnx
+import yaml
+from mlflow.models import Model as MLmodel
+from mlflow.models import ModelSignature
+from mlflow.types import Schema, TensorSpec
+
+from mlflow_kdguard.errors import ModelError, RegistryError, UnsafeModelError
+from mlflow_kdguard.files import digest_json, sha256, write_bytes
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # MLflow warns about type hints of its own when imported
+    import mlflow.onnx
+    import mlflow.pyfunc
+
+MODEL = "model.onnx"
+CERTIFICATE = "kdguard.certificate"
+"""Tag of a version that holds its signed certificate."""
+WEIGHTS, ARCHITECTURE = "weights.safetensors", "architecture.json"
+BUNDLE = frozenset({MODEL, "MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt"})
+ADDED_BY_CLIENT = "registered_model_meta"
+"""MLflow's client writes this into a folder that it downloads; it is never part of a version."""
+LARGEST = 2 << 30
+"""Bytes that a bundle may hold (an ONNX file cannot hold more)."""
+MOST_FILES = 1000
+
+_LOADABLE = (".safetensors", ".onnx", ".pt")  # in the order in which a teacher is read
+_NO_TIME = "1970-01-01 00:00:00"
+_FREE = frozenset({"mlflow_version", "onnx_version", "python_version", "model_size_bytes"})
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """The files of one model version or folder, in memory.
+
+    `uri` is `models:/name/version` with the version that an alias stood for, or the path;
+    `name`, `version` and `run_id` are None for a path.
+    """
+
+    uri: str
+    files: Mapping[str, bytes]
+    name: str | None = None
+    version: str | None = None
+    run_id: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every file, by path."""
+        return digests(self.files)
+
+    @property
+    def onnx(self) -> bytes:
+        """The one ONNX file, whatever MLmodel says; ModelError where there is none or several."""
+        return self.files[self._only(".onnx")]
+
+    @property
+    def main(self) -> str:
+        """Path of the file to read a teacher from: safetensors, else ONNX, else weights-only .pt.
+
+        Raises ModelError with what the bundle holds where there is no such file.
+        """
+        for suffix in _LOADABLE:
+            if any(path.endswith(suffix) for path in self.files):
+                return self._only(suffix)
+        return self._only(".onnx")
+
+    def certificate(self) -> bytes | None:
+        """The signed certificate that the version carries; None where there is none."""
+        text = self.tags.get(CERTIFICATE)
+        return None if text is None else text.encode()
+
+    def _only(self, suffix: str) -> str:
+        found = [path for path in self.files if path.endswith(suffix)]
+        if len(found) == 1:
+            return found[0]
+        raise ModelError(
+            f"{self.uri} holds {len(found)} files *{suffix} among {', '.join(sorted(self.files))}.",
+            remedy="See `kdguard teacher import` for how to store a model safely.",
+        )
+
+
+def digests(files: Mapping[str, bytes]) -> dict[str, str]:
+    """SHA-256 of every file, by path."""
+    return {path: sha256(data) for path, data in sorted(files.items())}
+
+
+def bundle_digest(files: Mapping[str, bytes]) -> str:
+    """One SHA-256 for paths and bytes together."""
+    return digest_json(digests(files))
+
+
+def student_files(data: bytes) -> dict[str, bytes]:
+    """The bundle of an exported network: `BUNDLE`, with `model.onnx` byte for byte as given.
+
+    No input example is stored: it would add files that nothing checks, and show somebody's data.
+    Raises ModelError where `data` is not an ONNX classifier of N×C×H×W images.
+    """
+    model = _parsed(data)
+    digest = sha256(data)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "model"
+        mlflow.onnx.save_model(
+            model,
+            str(place),
+            mlflow_model=MLmodel(utc_time_created=_NO_TIME, model_uuid=digest[:32]),
+            signature=_signature(model),
+            pip_requirements=_requirements(),
+            onnx_execution_providers=["CPUExecutionProvider"],
+            save_as_external_data=False,
+            metadata={"kdguard": {"sha256": digest, "range": [0.0, 1.0]}},
+        )
+        (place / MODEL).write_bytes(data)  # MLflow serialises it anew, which may change its bytes
+        files = read_folder(place)
+    if set(files) != BUNDLE:
+        raise RegistryError(f"MLflow {mlflow.__version__} made another bundle: {sorted(files)}.")
+    return files
+
+
+def refuse_redirected(files: Mapping[str, bytes]) -> None:
+    """Refuse a student's bundle that could serve anything but its `model.onnx`.
+
+    UnsafeModelError names the file that is extra, missing, or other than `student_files` makes it;
+    the requirement files and MLflow's version may be those of another installation.
+    """
+    if set(files) != BUNDLE:
+        odd = sorted(set(files) ^ BUNDLE)
+        raise UnsafeModelError(
+            f"the bundle holds or lacks {', '.join(odd)}.",
+            remedy="A student's bundle is model.onnx, MLmodel and its requirement files only.",
+        )
+    expected, found = _loading(student_files(files[MODEL])["MLmodel"]), _loading(files["MLmodel"])
+    for key in sorted(set(expected) | set(found)):
+        if expected.get(key) != found.get(key):
+            raise UnsafeModelError(
+                f"MLmodel is not the one made for this model.onnx: {key} differs.",
+                remedy="Register the student again.",
+            )
+
+
+def write(files: Mapping[str, bytes], folder: Path) -> None:
+    """Write a bundle's files under `folder`."""
+    for path, data in files.items():
+        write_bytes(folder / path, data)
+
+
+def read_folder(folder: Path, *, limit: int = LARGEST) -> dict[str, bytes]:
+    """All files below `folder`, by relative path.
+
+    Raises UnsafeModelError at a link or a device, ModelError where there are too many bytes.
+    """
+    files: dict[str, bytes] = {}
+    room = limit
+    for path in _walk(folder):
+        name = path.relative_to(folder).as_posix()
+        room -= path.stat().st_size
+        if room < 0 or len(files) >= MOST_FILES:
+            raise too_large(str(folder), limit)
+        files[name] = path.read_bytes()
+    return files
+
+
+def too_large(where: str, limit: int) -> ModelError:
+    """The error for a bundle past its limits."""
+    return ModelError(
+        f"{where} holds more than {limit} bytes or {MOST_FILES} files.",
+        remedy="Only small bundles of one model are read.",
+    )
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise UnsafeModelError(
+                f"{path} is a link or a device.", remedy="A bundle holds plain files only."
+            )
+        if path.is_dir():
+            yield from _walk(path)
+        else:
+            yield path
+
+
+def _parsed(data: bytes) -> onnx.ModelProto:
+    try:
+        model = onnx.load_model_from_string(data)
+        onnx.checker.check_model(model)
+    except Exception as error:  # protobuf's and onnx's errors share no base
+        reason = (str(error).strip().splitlines() or ["it is malformed"])[0]
+        raise ModelError(f"the ONNX file cannot be registered: {reason}") from error
+    return model
+
+
+def _signature(model: onnx.ModelProto) -> ModelSignature:
+    return ModelSignature(
+        inputs=Schema([_spec(model.graph.input, 4)]), outputs=Schema([_spec(model.graph.output, 2)])
+    )
+
+
+def _spec(values: Any, rank: int) -> TensorSpec:
+    shapes = [[d.dim_value or -1 for d in v.type.tensor_type.shape.dim] for v in values]
+    if len(shapes) != 1 or len(shapes[0]) != rank or -1 in shapes[0][1:]:
+        raise ModelError(
+            f"the ONNX file has the shapes {shapes} where one tensor of rank {rank} is needed.",
+            remedy="Export a classifier of N×C×H×W images with fixed C, H, W and classes.",
+        )
+    return TensorSpec(np.dtype(np.float32), (-1, *shapes[0][1:]), name=values[0].name)
+
+
+def _requirements() -> list[str]:
+    """What serving needs, pinned to what the figures are taken with."""
+    names = ["mlflow", "numpy", "onnx", _runtime()]
+    return [f"{name}=={importlib.metadata.version(name)}" for name in names]
+
+
+def _runtime() -> str:
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return name
+    raise RegistryError("onnxruntime is not installed.", remedy="Install mlflow-kdguard[all].")
+
+
+def _loading(mlmodel: bytes) -> dict[str, Any]:
+    """MLmodel without what may differ between installations."""
+    try:
+        body = yaml.safe_load(mlmodel)
+        flat = {key: value for key, value in body.items() if key not in _FREE}
+        for flavor, entries in body["flavors"].items():
+            flat |= {f"flavors.{flavor}.{k}": v for k, v in entries.items() if k not in _FREE}
+        del flat["flavors"]
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise UnsafeModelError("MLmodel is not one that MLflow writes.") from error
+    return flat

@@ -1,0 +1,147 @@
+"""Which figure of which document becomes which MLflow metric, and which rule is about it.
+
+`RULES` is the table *rule ↔ JSON pointer ↔ metric*: the policy's rule, where its figure stands in
+the certificate's `figures` (RFC 6901, `*` for every item of a list or mapping), and the metric
+that shows it. Metrics are for looking at; the gate reads the certificate, never a metric.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlflow_kdguard.errors import RegistryError
+
+_REFUSED = re.compile(r"[^A-Za-z0-9_\-. :]")
+_LONGEST = 250
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table; `metric` names its variable parts in angle brackets."""
+
+    rule: str
+    pointer: str
+    metric: str
+
+
+RULES: tuple[Row, ...] = (
+    Row("accuracy", "/paired", "kdguard/accuracy_drop"),
+    Row("asr", "/asr/*/upper", "kdguard/asr_upper/<trigger>/<target>"),
+    Row("asr", "/asr/*/lift", "kdguard/asr_lift/<trigger>/<target>"),
+    Row("reference", "/reference/gap_mean", "kdguard/reference_gap_mean"),
+    Row("faithful", "/faithful/*/within", "kdguard/faithful_share_within/reference"),
+    Row("audit", "/audit/*/p_value", "kdguard/audit_p_value/<model>"),
+    Row("export", "/export/softmax_max", "kdguard/export_parity"),
+)
+
+
+def metric_name(*parts: str) -> str:
+    """`kdguard/` and the parts, in characters that MLflow takes (it refuses `@`, `=` and `[`).
+
+    A part is one level: a slash in it is replaced like every other refused character.
+    """
+    levels = [_REFUSED.sub("_", part) or "_" for part in parts]
+    levels = ["_" if set(level) == {"."} else level for level in levels]
+    return "/".join(["kdguard", *levels])[:_LONGEST]
+
+
+def metrics_of(document: Mapping[str, Any], *, about: str = "teacher") -> dict[str, float]:
+    """The metrics of one stage's JSON document, by its `schema`; none where it has no figures.
+
+    `about` (student or teacher) names the model of an audit. Absent figures are left out; a
+    figure that is not finite is a RegistryError, and so are two figures of one name.
+    """
+    reader = _READERS.get(str(document.get("schema", "")))
+    if reader is None:
+        return {}
+    figures: dict[str, float] = {}
+    for name, value in reader(document, about):
+        if value is None:
+            continue
+        if name in figures:
+            raise RegistryError(f"two figures would become the one metric {name}.")
+        if not math.isfinite(value):
+            raise RegistryError(f"the figure {name} is not finite, so it is not logged.")
+        figures[name] = float(value)
+    return figures
+
+
+Pairs = list[tuple[str, float | None]]
+
+
+def _measure(document: Mapping[str, Any], _about: str) -> Pairs:
+    pairs: Pairs = [(metric_name("accuracy"), _rate(document["accuracy"]))]
+    paired = document.get("paired")
+    if paired:
+        n = sum(paired[key] for key in ("both", "only_teacher", "only_student", "neither"))
+        drop = (paired["only_teacher"] - paired["only_student"]) / n if n else None
+        pairs.append((metric_name("accuracy_drop"), drop))
+    if gap := document.get("reference"):
+        pairs.append((metric_name("reference_gap_mean"), gap["gap_mean"]))
+        pairs.append((metric_name("reference_student_gap_max"), gap["student_gap_max"]))
+    return pairs + _asr(document.get("asr", ()))
+
+
+def _asr(figures: Sequence[Mapping[str, Any]]) -> Pairs:
+    pairs: Pairs = []
+    seen: set[tuple[str, str]] = set()
+    for figure in figures:
+        trigger, target = figure["name"], str(figure["target"])
+        if (metric_name(trigger), target) in seen:  # two files may bear one name
+            trigger = f"{trigger}-{figure['trigger'][:8]}"
+        seen.add((metric_name(trigger), target))
+        pairs += [
+            (metric_name("asr", trigger, target), _rate(figure)),
+            (metric_name("asr_upper", trigger, target), figure["upper"]),
+            (metric_name("asr_lift", trigger, target), figure["lift"]),
+        ]
+    return pairs
+
+
+def _certify(document: Mapping[str, Any], _about: str) -> Pairs:
+    summary = document["summary"]
+    pairs: Pairs = [
+        (metric_name(f"faithful_{key}", "reference"), summary[key])
+        for key in ("lower_mean", "upper_mean", "upper_p95")
+    ]
+    shares = summary["share_within"].items()
+    pairs += [(metric_name("faithful_share_within", "reference", d), s) for d, s in shares]
+    proved = sum(sample["status"] == "PROVED" for sample in document["samples"])
+    n = len(document["samples"])
+    pairs.append((metric_name("faithful_share_within", "reference"), proved / n if n else None))
+    return pairs
+
+
+def _audit(document: Mapping[str, Any], about: str) -> Pairs:
+    values = [d["p_value"] for d in document["detectors"] if d["p_value"] is not None]
+    pairs: Pairs = [(metric_name("audit_p_value", about), min(values) if values else None)]
+    pairs += [
+        (metric_name("audit_score", about, detector["name"]), detector["score"])
+        for detector in document["detectors"]
+    ]
+    for detector in document["detectors"]:
+        layers = detector.get("details", {}).get("layers", {})
+        if detector["name"] == "variance" and isinstance(layers, Mapping):
+            pairs += _variances(layers)
+    return pairs + _asr(document.get("asr", ()))
+
+
+def _variances(layers: Mapping[str, Any]) -> Pairs:
+    return [
+        (metric_name("feature_variance", layer), value)
+        for layer, value in layers.items()
+        if isinstance(value, int | float)
+    ]
+
+
+def _rate(figure: Mapping[str, Any]) -> float | None:
+    return figure["k"] / figure["n"] if figure["n"] else None
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any], str], Pairs]] = {
+    "kdguard.measure/1": _measure,
+    "kdguard.certify/1": _certify,
+    "kdguard.audit/1": _audit,
+}
