@@ -31,6 +31,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "fd": "mlflow_kdguard.distill.logits:fd",
         "adaad": "mlflow_kdguard.distill.logits:fd",
         "ofd": "mlflow_kdguard.distill.features:ofd",
+        "none": "mlflow_kdguard.distill.labels:none",
     },
     "bound": {
         "interval": "mlflow_kdguard.certify.relax:interval",

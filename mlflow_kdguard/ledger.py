@@ -73,12 +73,9 @@ class Ledger:
 
 
 def _finished(folder: Path, inputs: str) -> dict[str, Any] | None:
-    try:
-        done = json.loads((folder / _DONE).read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        log.warning("%s is unreadable: the stage is run again", folder / _DONE)
+    """The record of a finished stage, if inputs and files are those that it was finished with."""
+    done = _read_done(folder / _DONE)
+    if done is None:
         return None
     if done["inputs"] != inputs:
         log.info("the inputs of %s changed: it is run again", folder.name)
@@ -89,6 +86,20 @@ def _finished(folder: Path, inputs: str) -> dict[str, Any] | None:
             log.warning("%s is missing or was altered: the stage is run again", path)
             return None
     return dict(done["record"])
+
+
+def _read_done(path: Path) -> dict[str, Any] | None:
+    try:
+        done = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        done = None
+    kinds = {"inputs": str, "files": dict, "record": dict}
+    if not isinstance(done, dict) or not all(isinstance(done.get(k), t) for k, t in kinds.items()):
+        log.warning("%s is unreadable: the stage is run again", path)
+        return None
+    return done
 
 
 def _clear_if_other_inputs(folder: Path, inputs: str) -> None:

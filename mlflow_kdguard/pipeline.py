@@ -62,25 +62,22 @@ def guard(
 
 def _guarded(work: Work) -> Outcome:
     shown = making.images(work)
-    made = _make(work, shown)
-    registered = judging.registered(work, made, shown)
+    made = _made(work, shown)
+    version = judging.version_of(judging.registered(work, made))
     student_audit = making.audit(work, "audit-student", made.exported, making.STUDENT, shown)
     measured = judging.measured(work, made, (made.audit, student_audit), shown)
     bounds = judging.certified(work, made, shown)
     figures = judging.figures(made, measured, bounds, student_audit)
-    signed = judging.attested(work, made, figures, registered, shown)
-    decision = judging.decided(work, signed, registered)
-    alias = judging.promoted(work, registered) if decision.passed else None
-    return Outcome(
-        work.run.id, work.folder, registered.recorded["uri"], alias, figures, decision
-    )
+    judging.attested(work, made, figures, version, shown)
+    decision = judging.decided(work, version)
+    alias = judging.promoted(work, version) if decision.passed else None
+    return Outcome(work.run.id, work.folder, version.uri, alias, figures, decision)
 
 
-def _make(work: Work, shown: making.Images) -> judging.Made:
+def _made(work: Work, shown: making.Images) -> judging.Made:
     teacher = making.teacher(work, shown)
     audit = making.audit(work, "audit", teacher, making.TEACHER, shown)
-    suspects = making.suspects(work, making.audit_report(audit))
-    reference = making.reference(work, teacher, suspects, shown)
+    reference = making.reference(work, teacher, audit, shown)
     student = making.student(work, reference, shown)
     exported = making.exported(work, student, shown)
     return judging.Made(teacher, audit, reference, student, exported)

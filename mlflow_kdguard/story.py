@@ -89,8 +89,12 @@ def tell(
         baseline = clean.path(making.STUDENT)
         naive = _guard(work, _naive(told), known, "naive", baseline)
         guarded = _guard(work, told, known, "guarded", baseline)
-        rows = (_judged("naive", naive), _judged("guarded", guarded),
-                _measured("clean-teacher", clean), _measured("no-teacher", alone))
+        rows = (
+            _judged("naive", naive),
+            _judged("guarded", guarded),
+            _measured("clean-teacher", clean),
+            _measured("no-teacher", alone),
+        )
         story = Story(work.run.id, place, _teacher(attack), rows)
         write_json(place / "story.json", story.document())
         work.run.log_files(place, {"story.json": sha256_file(place / "story.json")})
@@ -103,15 +107,26 @@ def _attacked(work: Work) -> Entry:
     if section is None:
         raise ConfigError("there is no `redteam` section.")
     transfer, test = data.load(told.transfer), data.load(told.test)
-    inputs = {"redteam": section.model_dump(mode="json"), "seed": work.config.run.seed,
-              "transfer": transfer.sha256, "train": data.load(section.train).sha256}
+    inputs = {
+        "redteam": section.model_dump(mode="json"),
+        "seed": work.config.run.seed,
+        "transfer": transfer.sha256,
+        "train": data.load(section.train).sha256,
+    }
 
     def compute(entry: Entry) -> Produced:
-        written = write(section, transfer, folder=entry.folder, seed=work.config.run.seed,
-                        device=work.device, progress=work.progress)
+        written = write(
+            section,
+            transfer,
+            folder=entry.folder,
+            seed=work.config.run.seed,
+            device=work.device,
+            progress=work.progress,
+        )
         record = _measure_teacher(work, entry, test)
-        return Produced([*written, making.TEACHER], {"teacher": dump(record)},
-                        documents=(record.document(),))
+        return Produced(
+            [*written, making.TEACHER], {"teacher": dump(record)}, documents=(record.document(),)
+        )
 
     return work.stage("redteam", inputs, compute)
 
@@ -125,56 +140,71 @@ def _measure_teacher(work: Work, entry: Entry, test: data.Dataset) -> Measuremen
 def _measure(work: Work, model: Path, test: data.Dataset, trigger: Trigger) -> Measurement:
     section = work.config.redteam
     target = 0 if section is None else section.target
-    return measure(read_bytes(model, what="the model"), test, device=work.device,
-                   triggers=[(trigger, target, "supplied")], batch=work.config.measure.batch)
+    return measure(
+        read_bytes(model, what="the model"),
+        test,
+        device=work.device,
+        triggers=[(trigger, target, "supplied")],
+        batch=work.config.measure.batch,
+    )
 
 
 def _victim(config: GuardConfig, attack: Entry) -> GuardConfig:
     """The configuration of a team that got this teacher and scraped these images."""
     target = 0 if config.redteam is None else config.redteam.target
-    return config.model_copy(update={
-        "redteam": None,
-        "teacher": config.teacher.model_copy(
-            update={"model": str(attack.path(f"{POISONED}/{WEIGHTS}"))}
-        ),
-        "data": config.data.model_copy(update={"transfer": f"npz:{attack.path(TRANSFER)}"}),
-        "measure": config.measure.model_copy(
-            update={"triggers": (*config.measure.triggers, f"{attack.path(TRIGGER)}:{target}")}
-        ),
-    })
+    return config.model_copy(
+        update={
+            "redteam": None,
+            "teacher": config.teacher.model_copy(
+                update={"model": str(attack.path(f"{POISONED}/{WEIGHTS}"))}
+            ),
+            "data": config.data.model_copy(update={"transfer": f"npz:{attack.path(TRANSFER)}"}),
+            "measure": config.measure.model_copy(
+                update={"triggers": (*config.measure.triggers, f"{attack.path(TRIGGER)}:{target}")}
+            ),
+        }
+    )
 
 
 def _naive(config: GuardConfig) -> GuardConfig:
     """The same distillation towards the raw teacher: an empty detox chain."""
     name = f"{config.registry.model_name}-naive"
-    return config.model_copy(update={
-        "detox": config.detox.model_copy(update={"chain": ()}),
-        "registry": config.registry.model_copy(update={"model_name": name}),
-    })
+    return config.model_copy(
+        update={
+            "detox": config.detox.model_copy(update={"chain": ()}),
+            "registry": config.registry.model_copy(update={"model_name": name}),
+        }
+    )
 
 
-def _guard(
-    work: Work, config: GuardConfig, grant: Grant, name: str, baseline: Path
-) -> Outcome:
-    return guard(config, grant, folder=work.folder / name, name=name, parent=work.run,
-                 baseline=baseline, progress=work.told_by(name))
+def _guard(work: Work, config: GuardConfig, grant: Grant, name: str, baseline: Path) -> Outcome:
+    return guard(
+        config,
+        grant,
+        folder=work.folder / name,
+        name=name,
+        parent=work.run,
+        baseline=baseline,
+        progress=work.told_by(name),
+    )
 
 
 def _floor(
     work: Work, config: GuardConfig, attack: Entry, shown: making.Images, name: str
 ) -> Entry:
     """Train, export and measure a student without the poisoned teacher, for as many epochs."""
-    told = config
-    if name == "no-teacher":
-        told = config.model_copy(
-            update={"distill": config.distill.model_copy(update={"loss": "ce", "feature": None})}
-        )
+    told = _untaught(config, shown) if name == "no-teacher" else config
     inner = replace(work, config=told, progress=work.told_by(name))
     source = attack.path(f"{CONTROL}/{WEIGHTS}")
-    inputs = {"teacher": sha256_file(source), "transfer": shown.transfer.sha256,
-              "clean": shown.clean.sha256, "test": shown.test.sha256,
-              "distill": told.distill.model_dump(mode="json"), "seed": told.run.seed,
-              "trigger": sha256_file(attack.path(TRIGGER))}
+    inputs = {
+        "teacher": sha256_file(source),
+        "transfer": shown.transfer.sha256,
+        "clean": shown.clean.sha256,
+        "test": shown.test.sha256,
+        "distill": told.distill.model_dump(mode="json"),
+        "seed": told.run.seed,
+        "trigger": sha256_file(attack.path(TRIGGER)),
+    }
 
     def compute(entry: Entry) -> Produced:
         towards = load.load(source, architecture=None)
@@ -182,12 +212,24 @@ def _floor(
         making.distilled(inner, entry, entry.path(making.REFERENCE), None, shown)
         net = load.load(entry.path(WEIGHTS), architecture=None)
         making.export_net(inner, net, entry.path(making.STUDENT), shown.test)
-        record = _measure(work, entry.path(making.STUDENT), shown.test,
-                          Trigger.load(attack.path(TRIGGER)))
-        return Produced([making.STUDENT, making.REFERENCE, WEIGHTS, ARCHITECTURE], {"measure": dump(record)},
-                        documents=(record.document(),))
+        record = _measure(
+            work, entry.path(making.STUDENT), shown.test, Trigger.load(attack.path(TRIGGER))
+        )
+        return Produced(
+            [making.STUDENT, making.REFERENCE, WEIGHTS, ARCHITECTURE],
+            {"measure": dump(record)},
+            documents=(record.document(),),
+        )
 
     return work.stage(name, inputs, compute)
+
+
+def _untaught(config: GuardConfig, shown: making.Images) -> GuardConfig:
+    """The same epochs on the same images, where only the labelled ones teach."""
+    labelled = int((shown.transfer.y >= 0).sum() + (shown.clean.y >= 0).sum())
+    weight = (len(shown.transfer) + len(shown.clean)) / labelled
+    changes = {"loss": "none", "feature": None, "label_weight": weight}
+    return config.model_copy(update={"distill": config.distill.model_copy(update=changes)})
 
 
 def _teacher(attack: Entry) -> Measurement:

@@ -22,7 +22,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "certify": ("judging:certify", "Bounds on the confidence gap between reference and student."),
     "keygen": ("attest:keygen", "Make a signing key with an owner and a role."),
     "attest": ("attest:attest", "Sign a certificate for a model file."),
-    "check": ("attest:check", "Check a certificate against a file; needs neither torch nor mlflow."),
+    "check": (
+        "attest:check",
+        "Check a certificate against a file; needs neither torch nor mlflow.",
+    ),
     "gate": ("promote:gate", "The promotion decision, without acting on it."),
     "promote": ("promote:promote", "The decision, then the alias if it passes."),
     "doctor": ("doctor:doctor", "What is installed, what is missing, what each command needs."),

@@ -52,8 +52,11 @@ triggers = click.option(
     metavar="FILE[:CLASS]",
     help="Trigger file, and the class that it aims at (default 0); repeat for more.",
 )
-arch = click.option("--arch", help="Architecture, where the file holds weights only: mlp:100,100, "
-                    "cnn:16,32,64, resnet8, wrn-16-1, torchvision:resnet18, …")
+arch = click.option(
+    "--arch",
+    help="Architecture, where the file holds weights only: mlp:100,100, "
+    "cnn:16,32,64, resnet8, wrn-16-1, torchvision:resnet18, …",
+)
 policy = click.option(
     "--policy",
     "policy_file",
@@ -70,12 +73,23 @@ def registry_options(command: Command) -> Command:
 
 def gate_options(command: Command) -> Command:
     """What the operator grants at decision time."""
-    pin = click.option("--pin", "pins", multiple=True, metavar="SHA256|URI",
-                       help="Evaluation data that the operator accepts: a digest or a data URI.")
-    panel = click.option("--require-trigger", "panel", multiple=True, metavar="FILE|SHA256",
-                         help="Trigger that must have been measured.")
-    unpinned = click.option("--allow-unpinned", is_flag=True,
-                            help="Accept figures on data that nobody pinned.")
+    pin = click.option(
+        "--pin",
+        "pins",
+        multiple=True,
+        metavar="SHA256|URI",
+        help="Evaluation data that the operator accepts: a digest or a data URI.",
+    )
+    panel = click.option(
+        "--require-trigger",
+        "panel",
+        multiple=True,
+        metavar="FILE|SHA256",
+        help="Trigger that must have been measured.",
+    )
+    unpinned = click.option(
+        "--allow-unpinned", is_flag=True, help="Accept figures on data that nobody pinned."
+    )
     return policy(pin(panel(unpinned(command))))
 
 

@@ -43,9 +43,14 @@ def progress() -> Iterator[Listener]:
     if not people.is_terminal:
         yield _lines()
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description:<34}"), BarColumn(bar_width=30),
-               TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(),
-               TextColumn("{task.fields[figures]}"))
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<34}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
     with Progress(*columns, console=people, transient=False) as bars:
         tasks: dict[str, Any] = {}
 
@@ -126,22 +131,37 @@ def measurement(value: Measurement, of: str) -> None:
 
 def _asr_row(figure: Asr) -> Sequence[str]:
     lift = "-" if figure.lift is None else f"{figure.lift:+.3f}"
-    return (figure.name, str(figure.target), figure.source, f"{figure.rate:.3f}",
-            f"{figure.k}/{figure.n}", f"{figure.upper:.3f}", lift)
+    return (
+        figure.name,
+        str(figure.target),
+        figure.source,
+        f"{figure.rate:.3f}",
+        f"{figure.k}/{figure.n}",
+        f"{figure.upper:.3f}",
+        lift,
+    )
 
 
 def audit(value: AuditReport, of: str) -> None:
     """Each detector's score and the verdict."""
     rows = [
-        (f.name, f"{f.score:.4g}", "-" if f.p_value is None else f"{f.p_value:.3g}",
-         "-" if f.target is None else str(f.target), "yes" if f.flagged else "no",
-         f"{f.seconds:.1f}")
+        (
+            f.name,
+            f"{f.score:.4g}",
+            "-" if f.p_value is None else f"{f.p_value:.3g}",
+            "-" if f.target is None else str(f.target),
+            "yes" if f.flagged else "no",
+            f"{f.seconds:.1f}",
+        )
         for f in value.detectors
     ]
     table(f"Audit of {of}", ("detector", "score", "p", "class", "flagged", "s"), rows)
     if value.asr:
-        table("Triggers on this model", ("trigger", "target", "source", "ASR", "k/n",
-              "upper bound", "lift"), [_asr_row(figure) for figure in value.asr])
+        table(
+            "Triggers on this model",
+            ("trigger", "target", "source", "ASR", "k/n", "upper bound", "lift"),
+            [_asr_row(figure) for figure in value.asr],
+        )
     target = "" if value.target is None else f", class {value.target}"
     say(f"verdict: {value.verdict}{target}")
 
@@ -152,10 +172,19 @@ def certified(value: CertifyReport) -> None:
     table(
         f"Confidence gap, {value.norm} eps {value.eps:g}, {value.classes} classes, {s.n} images",
         ("", "mean", "95th percentile", "largest"),
-        [("witness (lower)", f"{s.lower_mean:.4f}", "", ""),
-         ("certified (upper)", f"{s.upper_mean:.4f}", f"{s.upper_p95:.4f}", f"{s.upper_max:.4f}"),
-         ("constant network", f"{value.control.gap_mean:.4f}", "", "")],
+        [
+            ("witness (lower)", f"{s.lower_mean:.4f}", "", ""),
+            (
+                "certified (upper)",
+                f"{s.upper_mean:.4f}",
+                f"{s.upper_p95:.4f}",
+                f"{s.upper_max:.4f}",
+            ),
+            ("constant network", f"{value.control.gap_mean:.4f}", "", ""),
+        ],
     )
     proved = Rate(k=sum(sample.status == "PROVED" for sample in value.samples), n=s.n)
-    say(f"gap <= {value.delta:g} proved on {rate(proved)}, at least {proved.lower():.3f} of the "
-        f"population (95 %); {s.seconds_mean:.2f} s an image on {value.device}")
+    say(
+        f"gap <= {value.delta:g} proved on {rate(proved)}, at least {proved.lower():.3f} of the "
+        f"population (95 %); {s.seconds_mean:.2f} s an image on {value.device}"
+    )

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from datetime import datetime
 
-from mlflow_kdguard import attest, bundle, gate
+from mlflow_kdguard import attest, gate
+from mlflow_kdguard.attest import Checked
 from mlflow_kdguard.attest.signing import Verifier
 from mlflow_kdguard.errors import CertificateError, ModelError
 from mlflow_kdguard.policy import Policy
-from mlflow_kdguard.records import Decision
-from mlflow_kdguard.registry import Registry
+from mlflow_kdguard.records import Decision, RuleResult
+from mlflow_kdguard.registry import Bundle, Registry, refuse_redirected
 
 
 def judge(
@@ -29,27 +30,39 @@ def judge(
     Raises RegistryError where MLflow does not answer.
     """
     stored = registry.download(uri)
-    certificate, signers, problem = None, (), ""
     try:
-        bundle.check(stored.files)
-        checked = attest.check(
-            stored.certificate(),
-            files=stored.files,
-            verifiers=verifiers,
-            now=now,
-            model_name=stored.name,
-            registry=registry.identity,
-        )
-        certificate, signers = checked.certificate, checked.signers
+        checked = _believed(registry, stored, verifiers, now)
     except (CertificateError, ModelError) as error:
-        problem = str(error)
+        return _uncertified(policy, now, str(error))
     return gate.decide(
-        certificate,
+        checked.certificate,
         policy,
-        signers=signers,
+        signers=checked.signers,
         now=now,
         pins=pins,
         panel=panel,
         allow_unpinned=allow_unpinned,
-        problem=problem,
     )
+
+
+def _believed(
+    registry: Registry, stored: Bundle, verifiers: Sequence[Verifier], now: datetime
+) -> Checked:
+    refuse_redirected(stored.files)
+    envelope = registry.certificate(stored.uri)
+    if envelope is None:
+        raise CertificateError(f"{stored.uri} carries no certificate.")
+    return attest.check(
+        envelope,
+        files=stored.files,
+        verifiers=verifiers,
+        now=now,
+        model_name=stored.name,
+        registry=registry.identity,
+    )
+
+
+def _uncertified(policy: Policy, now: datetime, why: str) -> Decision:
+    first, *rest = gate.decide(None, policy, signers=(), now=now).rules
+    reason = RuleResult(rule=first.rule, limit=None, figure=None, ok=False, why=why)
+    return Decision(decision="refuse", rules=(reason, *rest))

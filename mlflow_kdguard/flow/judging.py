@@ -7,9 +7,10 @@ from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 
-from mlflow_kdguard import attest, gate
+from mlflow_kdguard import attest
 from mlflow_kdguard.certify import certify as bound
 from mlflow_kdguard.files import read_bytes, sha256_file, write_bytes, write_json
+from mlflow_kdguard.flow.decision import judge
 from mlflow_kdguard.flow.making import (
     REFERENCE,
     STUDENT,
@@ -19,6 +20,7 @@ from mlflow_kdguard.flow.making import (
     trigger_file,
 )
 from mlflow_kdguard.flow.work import Entry, Produced, Work, dump
+from mlflow_kdguard.measure import Origin
 from mlflow_kdguard.measure import measure as take
 from mlflow_kdguard.records import (
     Certificate,
@@ -30,8 +32,10 @@ from mlflow_kdguard.records import (
     Parity,
     Source,
     Subject,
+    format_time,
 )
 from mlflow_kdguard.records.gather import figures_of
+from mlflow_kdguard.registry import Registered
 from mlflow_kdguard.triggers import Trigger
 
 MEASURE, CERTIFY, CERTIFICATE, DECISION = (
@@ -73,8 +77,10 @@ def measured(work: Work, made: Made, audits: Sequence[Entry], shown: Images) -> 
     }
 
     def compute(entry: Entry) -> Produced:
-        triggers = [(Trigger.load(path), target, "supplied") for path, target, _ in supplied]
-        triggers += [(Trigger.load(path), target, "recovered") for path, target in recovered]
+        triggers: list[tuple[Trigger, int, Origin]] = [
+            *((Trigger.load(path), target, "supplied") for path, target, _ in supplied),
+            *((Trigger.load(path), target, "recovered") for path, target in recovered),
+        ]
         result = take(
             read_bytes(made.student_file, what="the student"),
             shown.test,
@@ -129,69 +135,103 @@ def figures(made: Made, measure: Entry, bounds: Entry, student_audit: Entry) -> 
     )
 
 
-def attested(work: Work, made: Made, taken: Figures, registered: Entry, shown: Images) -> Entry:
-    """Sign who states what about which bytes."""
+def registered(work: Work, made: Made) -> Entry:
+    """Store the exported student as a model version; it gets no alias here."""
     inputs = {
-        "figures": taken.document(),
-        "version": registered.recorded,
-        "key": work.grant.signer.key_id,
+        "student": sha256_file(made.student_file),
+        "name": work.config.registry.model_name,
+        "registry": work.registry.identity,
+        "run": work.run.id,
+    }
+
+    def compute(_entry: Entry) -> Produced:
+        version = work.registry.register_student(
+            work.config.registry.model_name,
+            read_bytes(made.student_file, what="the student"),
+            run=work.run,
+            tags={"kdguard.reference": sha256_file(made.reference.path(REFERENCE))},
+        )
+        return Produced([], {"version": dump(version)})
+
+    return work.stage("register", inputs, compute)
+
+
+def version_of(entry: Entry) -> Registered:
+    """The version that the register stage made."""
+    return Registered.model_validate(entry.recorded["version"])
+
+
+def attested(work: Work, made: Made, taken: Figures, version: Registered, shown: Images) -> Entry:
+    """Sign who states what about which bytes, and store it with the version."""
+    inputs = {
+        "figures": dump(taken),
+        "version": dump(version),
+        "key": work.grant.signer.verifier.key,
         "attest": work.config.attest.model_dump(mode="json"),
     }
 
     def compute(entry: Entry) -> Produced:
-        certificate = _certificate(work, made, taken, registered, shown)
+        certificate = _certificate(work, made, taken, version, shown)
         envelope = attest.issue(certificate, work.grant.signer)
         write_bytes(entry.path(CERTIFICATE), envelope)
-        work.registry.store_certificate(registered.recorded, envelope)
+        work.registry.store_certificate(version.uri, envelope)
         return Produced([CERTIFICATE], {})
 
     return work.stage("attest", inputs, compute)
 
 
-def decided(work: Work, signed: Entry, registered: Entry) -> Decision:
-    """Check the certificate as anybody would, then decide under the operator's policy."""
-    uri = registered.recorded["uri"]
-    bundle = work.registry.download(uri)
-    checked = attest.check(
-        read_bytes(signed.path(CERTIFICATE), what="the certificate"),
-        files=bundle.files,
-        verifiers=(work.grant.signer.verifier,),
-        now=datetime.now(UTC),
-    )
-    decision = gate.decide(
-        checked.certificate,
-        work.grant.policy,
-        signers=checked.signers,
-        now=datetime.now(UTC),
-        pins=work.grant.pins,
-        panel=work.grant.panel,
-        allow_unpinned=work.grant.allow_unpinned,
-    )
-    write_json(signed.folder.parent / DECISION, decision.document())
-    work.registry.record_decision(uri, decision)
+def decided(work: Work, version: Registered) -> Decision:
+    """Decide about the stored version under the operator's policy; act on a pass.
+
+    The decision is taken anew each time: it depends on the clock and on the caller's grant.
+    """
+    grant = work.grant
+    with work.run.stage("gate") as nested:
+        decision = judge(
+            work.registry,
+            version.uri,
+            policy=grant.policy,
+            verifiers=(grant.signer.verifier,),
+            now=datetime.now(UTC),
+            pins=grant.pins,
+            panel=grant.panel,
+            allow_unpinned=grant.allow_unpinned,
+        )
+        write_json(work.folder / DECISION, decision.document())
+        nested.log_files(work.folder, {DECISION: sha256_file(work.folder / DECISION)})
+        work.registry.record_decision(version.uri, decision)
+        work.run.set_tags({"kdguard.decision": decision.decision})
     return decision
 
 
+def promoted(work: Work, version: Registered) -> str:
+    """Give the version the alias; only ever called on a pass."""
+    alias = work.config.registry.alias
+    with work.run.stage("promote"):
+        work.registry.set_alias(version.name, alias, version.version)
+    return alias
+
+
 def _certificate(
-    work: Work, made: Made, taken: Figures, registered: Entry, shown: Images
+    work: Work, made: Made, taken: Figures, version: Registered, shown: Images
 ) -> Certificate:
-    now = datetime.now(UTC).replace(microsecond=0)
-    record = registered.recorded
+    now = datetime.now(UTC)
+    seen = (shown.transfer, shown.clean, shown.test)
     return Certificate(
-        subjects=tuple(Subject(path=path, sha256=digest) for path, digest in record["files"].items()),
-        model_name=record["name"],
-        registry=record["registry"],
+        subjects=tuple(Subject(path=path, sha256=sha) for path, sha in version.files.items()),
+        model_name=version.name,
+        registry=version.registry,
         reference=Model(sha256=sha256_file(made.reference.path(REFERENCE))),
         teacher=Model(sha256=sha256_file(made.teacher.path(TEACHER))),
-        data=tuple(Source(uri=d.uri, sha256=d.sha256) for d in (shown.transfer, shown.clean, shown.test)),
+        data=tuple(Source(uri=data.uri, sha256=data.sha256) for data in seen),
         triggers=tuple(figure.trigger for figure in taken.asr),
         figures=taken,
         figures_from="imported",
         config=work.config.digest,
         seed=work.config.run.seed,
         tools=tools(),
-        issued=now.isoformat(),
-        expires=(now + timedelta(days=work.config.attest.expires_after_days)).isoformat(),
+        issued=format_time(now),
+        expires=format_time(now + timedelta(days=work.config.attest.expires_after_days)),
     )
 
 

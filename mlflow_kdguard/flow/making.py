@@ -36,10 +36,12 @@ def images(work: Work) -> Images:
     """Load the data sets and hold them against each other."""
     section = work.config.data
     root = Path(section.root) if section.root is not None else None
-    loaded = Images(*(
-        data.load(uri, root=root, download=work.grant.download)
-        for uri in (section.transfer, section.clean, section.test)
-    ))
+    loaded = Images(
+        *(
+            data.load(uri, root=root, download=work.grant.download)
+            for uri in (section.transfer, section.clean, section.test)
+        )
+    )
     for name, other in (("clean", loaded.clean), ("test", loaded.test)):
         if other.shape != loaded.transfer.shape or other.classes != loaded.clean.classes:
             raise DataError(
@@ -97,7 +99,9 @@ def audit(work: Work, name: str, model: Entry, file: str, shown: Images) -> Entr
             seed=work.config.run.seed,
             device=work.device,
             progress=work.progress,
-            triggers=[(Trigger.load(path), target) for path, target, _ in map(trigger_file, triggers)],
+            triggers=[
+                (Trigger.load(path), target) for path, target, _ in map(trigger_file, triggers)
+            ],
         )
         files, recovered = [f"{name}.json"], []
         write_json(entry.path(f"{name}.json"), audited.report.document())
@@ -118,24 +122,10 @@ def audit_report(entry: Entry) -> AuditReport:
     return AuditReport.model_validate(entry.recorded["report"])
 
 
-def suspects(work: Work, report: AuditReport) -> tuple[int, ...]:
-    """Classes to unlearn: as configured, else what the audit names, else its strongest candidate."""
-    if work.config.detox.suspects != "auto":
-        return work.config.detox.suspects
-    if report.target is not None:
-        return (report.target,)
-    candidates = [f.target for f in report.detectors if f.name == "inversion" and f.target is not None]
-    if candidates:
-        return (candidates[0],)
-    raise UsageError(
-        "no detector named a class to unlearn.",
-        remedy="Add `inversion` to audit.detectors, or name the classes in detox.suspects.",
-    )
-
-
-def reference(work: Work, taught: Entry, classes: tuple[int, ...], shown: Images) -> Entry:
+def reference(work: Work, taught: Entry, audited: Entry, shown: Images) -> Entry:
     """Detoxify the teacher; the result is one ONNX graph, the student's reference."""
     section = work.config.detox
+    classes, why = detox.choose(section, audit_report(audited)) if section.chain else ((), "")
     inputs = {
         "teacher": sha256_file(taught.path(TEACHER)),
         "clean": shown.clean.sha256,
@@ -154,6 +144,7 @@ def reference(work: Work, taught: Entry, classes: tuple[int, ...], shown: Images
             device=work.device,
             folder=entry.folder,
             progress=work.progress,
+            suspects_from=why or "nobody: the chain is empty",
         )
         exported = export_net(work, cleansed.reference, entry.path(REFERENCE), shown.test)
         export_net(work, cleansed.copy, entry.path(COPY), shown.test)
@@ -242,8 +233,9 @@ def exported(work: Work, trained: Entry, shown: Images) -> Entry:
     }
 
     def compute(entry: Entry) -> Produced:
-        net = load.load(trained.path("weights.safetensors"), architecture=None,
-                        trust_code=work.grant.trust_code)
+        net = load.load(
+            trained.path("weights.safetensors"), architecture=None, trust_code=work.grant.trust_code
+        )
         record = export_net(work, net, entry.path(STUDENT), shown.test)
         return Produced([STUDENT], {"export": record.document()})
 
@@ -298,6 +290,11 @@ def export_net(work: Work, net: Any, path: Path, test: Dataset) -> Exported:
     section = work.config.export
     sample = test.batch(np.arange(min(len(test), section.parity_images)))[0]
     return export.to_onnx(
-        net, path, shape=test.shape, classes=test.classes, images=sample, config=section,
+        net,
+        path,
+        shape=test.shape,
+        classes=test.classes,
+        images=sample,
+        config=section,
         device=work.device,
     )

@@ -19,8 +19,13 @@ FILE = click.Path(path_type=Path)
 @click.command()
 @click.argument("path", type=FILE)
 @click.option("--owner", required=True, help="Whose key this is.")
-@click.option("--role", type=click.Choice(["builder", "verifier"]), default="builder",
-              show_default=True, help="Only a verifier may sign `recomputed` figures.")
+@click.option(
+    "--role",
+    type=click.Choice(["builder", "verifier"]),
+    default="builder",
+    show_default=True,
+    help="Only a verifier may sign `recomputed` figures.",
+)
 @click.option("--days", type=click.IntRange(min=1), help="Validity; default: no end.")
 @options.as_json
 def keygen(path: Path, owner: str, role: Any, days: int | None, as_json: bool) -> None:
@@ -40,14 +45,26 @@ def keygen(path: Path, owner: str, role: Any, days: int | None, as_json: bool) -
 
 @click.command()
 @click.argument("certificate", type=FILE)
-@click.option("--model", "model", type=FILE, required=True,
-              help="The model file, or the folder of the whole bundle.")
-@click.option("--key", "keys", type=FILE, multiple=True, required=True,
-              help="Public record of a trusted key (.pub); repeat for more.")
+@click.option(
+    "--model",
+    "model",
+    type=FILE,
+    required=True,
+    help="The model file, or the folder of the whole bundle.",
+)
+@click.option(
+    "--key",
+    "keys",
+    type=FILE,
+    multiple=True,
+    required=True,
+    help="Public record of a trusted key (.pub); repeat for more.",
+)
 @click.option("--name", help="Registered model name that it must have been issued for.")
 @options.as_json
-def check(certificate: Path, model: Path, keys: tuple[Path, ...], name: str | None,
-          as_json: bool) -> None:
+def check(
+    certificate: Path, model: Path, keys: tuple[Path, ...], name: str | None, as_json: bool
+) -> None:
     """Check that CERTIFICATE is signed by a trusted key, still valid, and about these bytes.
 
     Needs neither torch nor mlflow. Exit code 8 says what does not hold.
@@ -70,8 +87,10 @@ def check(certificate: Path, model: Path, keys: tuple[Path, ...], name: str | No
     if not model.is_dir():
         _about(checked.certificate, model)
     body = _checked_document(checked)
-    render.say(f"{certificate} holds: {', '.join(body['signed_by'])}; issued "
-               f"{body['issued']}, expires {body['expires']}; figures {body['figures_from']}")
+    render.say(
+        f"{certificate} holds: {', '.join(body['signed_by'])}; issued "
+        f"{body['issued']}, expires {body['expires']}; figures {body['figures_from']}"
+    )
     render.document(body, as_json)
 
 
@@ -81,14 +100,24 @@ def check(certificate: Path, model: Path, keys: tuple[Path, ...], name: str | No
 @click.option("--reference", type=FILE, required=True, help="ONNX file of the reference.")
 @click.option("--measure", "measure_file", type=FILE, help="Document of `kdguard measure`.")
 @click.option("--certify", "certify_file", type=FILE, help="Document of `kdguard certify`.")
-@click.option("--audit", "audit_files", type=FILE, multiple=True,
-              help="Documents of `kdguard audit`, of the teacher and of the student.")
+@click.option(
+    "--audit",
+    "audit_files",
+    type=FILE,
+    multiple=True,
+    help="Documents of `kdguard audit`, of the teacher and of the student.",
+)
 @click.option("--export", "export_file", type=FILE, help="Document of `kdguard export`.")
 @click.option("--model-name", required=True, help="Registered model that it is issued for.")
 @click.option("--registry", default="", help="Registry that it is issued for.")
 @click.option("--key", type=FILE, required=True, envvar="KDGUARD_KEY", help="Signing key.")
-@click.option("--days", type=click.FloatRange(min=0, min_open=True), default=90.0,
-              show_default=True, help="Validity.")
+@click.option(
+    "--days",
+    type=click.FloatRange(min=0, min_open=True),
+    default=90.0,
+    show_default=True,
+    help="Validity.",
+)
 @click.option("--out", type=FILE, default=Path("certificate.dsse.json"), show_default=True)
 @options.as_json
 def attest(**flags: Any) -> None:
@@ -114,8 +143,9 @@ def _certificate(flags: dict[str, Any]) -> "Certificate":
     from mlflow_kdguard.files import digest_json, read_bytes, sha256_file
 
     model: Path = flags["model"]
-    files = _folder(model) if model.is_dir() else {
-        "model.onnx": read_bytes(model, what="the model")}
+    files = (
+        _folder(model) if model.is_dir() else {"model.onnx": read_bytes(model, what="the model")}
+    )
     figures = _figures(flags)
     now = datetime.now(UTC).replace(microsecond=0)
     sources = [figure.data for figure in figures.faithful]
@@ -167,13 +197,18 @@ def _read(path: Path | None, record: Any) -> Any:
     try:
         return record.model_validate_json(read_bytes(path, what="the document"))
     except ValidationError as error:
-        raise UsageError(f"{path} is not the document that is meant: {explain(error)}",
-                         remedy="Make it with --json of the command in question.") from error
+        raise UsageError(
+            f"{path} is not the document that is meant: {explain(error)}",
+            remedy="Make it with --json of the command in question.",
+        ) from error
 
 
 def _folder(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes()
-            for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def _about(certificate: "Certificate", model: Path) -> None:

@@ -13,14 +13,30 @@ from mlflow_kdguard_cli.models import opened
 @click.argument("model")
 @options.data
 @options.triggers
-@click.option("--require", type=click.Choice(["ran", "clean"]), default="ran", show_default=True,
-              help="What exit code 0 means; suspect is always 3.")
-@click.option("--calibration", type=click.Path(path_type=Path),
-              help="Calibration file; without one, the verdict of inversion is undecided.")
-@click.option("--shadows", type=click.IntRange(min=0), default=0, show_default=True,
-              help="Train this many clean shadow networks to calibrate (19 allow p = 0.05).")
-@click.option("--radius", type=click.FloatRange(min=0, min_open=True),
-              help="L2 radius of the universal perturbation, in pixels.")
+@click.option(
+    "--require",
+    type=click.Choice(["ran", "clean"]),
+    default="ran",
+    show_default=True,
+    help="What exit code 0 means; suspect is always 3.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Calibration file; without one, the verdict of inversion is undecided.",
+)
+@click.option(
+    "--shadows",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Train this many clean shadow networks to calibrate (19 allow p = 0.05).",
+)
+@click.option(
+    "--radius",
+    type=click.FloatRange(min=0, min_open=True),
+    help="L2 radius of the universal perturbation, in pixels.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for recovered triggers.")
 @options.arch
 @options.seed
@@ -67,8 +83,11 @@ def audit(**flags: Any) -> int:
 
 def _section(flags: dict[str, Any]) -> dict[str, Any]:
     calibration = flags["calibration"]
-    given = {"radius": flags["radius"], "shadows": flags["shadows"] or None,
-             "calibration": None if calibration is None else str(calibration)}
+    given = {
+        "radius": flags["radius"],
+        "shadows": flags["shadows"] or None,
+        "calibration": None if calibration is None else str(calibration),
+    }
     return {key: value for key, value in given.items() if value is not None}
 
 

@@ -33,8 +33,11 @@ def doctor(as_json: bool) -> int:
         "packages": [{"for": w, "package": n, "version": v} for w, n, v in rows],
         "devices": _devices(),
     }
-    render.table("Packages", ("needed by", "package", "version"),
-                 [(what, name, found or "[red]missing[/]") for what, name, found in rows])
+    render.table(
+        "Packages",
+        ("needed by", "package", "version"),
+        [(what, name, found or "[red]missing[/]") for what, name, found in rows],
+    )
     render.say(f"devices: {', '.join(body['devices']) or 'none (torch is missing)'}")
     if any(found is None for *_, found in rows):
         render.say("pip install 'mlflow-kdguard[all]' installs what is missing")

@@ -1,11 +1,15 @@
 """`kdguard measure` and `certify`: figures and bounds on the ONNX bytes."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlflow_kdguard_cli import options
 from mlflow_kdguard_cli.models import opened
+
+if TYPE_CHECKING:
+    from mlflow_kdguard.measure import Origin
+    from mlflow_kdguard.triggers import Trigger
 
 MODEL = click.argument("model")
 
@@ -37,28 +41,48 @@ def measure(**flags: Any) -> None:
     from mlflow_kdguard_cli import render
 
     shown = data.load(flags["data_uri"], root=flags["data_root"], download=flags["download"])
-    others = {name: opened(flags[name], flags).onnx() if flags[name] else None
-              for name in ("teacher", "reference", "baseline")}
-    triggers = [(trigger, target, "supplied")
-                for trigger, target in options.trigger_list(flags["trigger_files"])]
+    triggers: list[tuple[Trigger, int, Origin]] = [
+        (trigger, target, "supplied")
+        for trigger, target in options.trigger_list(flags["trigger_files"])
+    ]
     with render.progress() as progress:
-        taken = take(opened(flags["model"], flags).onnx(), shown, triggers=triggers, **others,
-                     device=devices.pick(flags["device"]), batch=flags["batch"], progress=progress)
+        taken = take(
+            opened(flags["model"], flags).onnx(),
+            shown,
+            triggers=triggers,
+            teacher=_onnx("teacher", flags),
+            reference=_onnx("reference", flags),
+            baseline=_onnx("baseline", flags),
+            device=devices.pick(flags["device"]),
+            batch=flags["batch"],
+            progress=progress,
+        )
     render.measurement(taken, flags["model"])
     render.document(taken.document(), flags["as_json"])
 
 
 @click.command()
-@click.option("--teacher", required=True,
-              help="The network to be faithful to (ONNX): the reference.")
+@click.option(
+    "--teacher", required=True, help="The network to be faithful to (ONNX): the reference."
+)
 @click.option("--student", required=True, help="The student (ONNX).")
 @options.data
 @click.option("--eps", type=float, required=True, help="Radius of the ball, in pixel units.")
 @click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)
-@click.option("--delta", type=float, default=0.2, show_default=True,
-              help="Largest gap that counts as faithful.")
-@click.option("--samples", type=int, default=100, show_default=True,
-              help="Images drawn from --data; the draw follows from the models' digests.")
+@click.option(
+    "--delta",
+    type=float,
+    default=0.2,
+    show_default=True,
+    help="Largest gap that counts as faithful.",
+)
+@click.option(
+    "--samples",
+    type=int,
+    default=100,
+    show_default=True,
+    help="Images drawn from --data; the draw follows from the models' digests.",
+)
 @click.option("--classes", type=click.Choice(["all", "top"]), default="all", show_default=True)
 @click.option("--method", default="auto", show_default=True, help="Row of the bound table.")
 @click.option("--budget", type=float, help="Safety limit in seconds; the rest is UNDECIDED.")
@@ -99,6 +123,10 @@ def certify(**flags: Any) -> None:
     render.document(report.document(), flags["as_json"])
 
 
+def _onnx(name: str, flags: dict[str, Any]) -> bytes | None:
+    return opened(flags[name], flags).onnx() if flags[name] else None
+
+
 def _section(flags: dict[str, Any]) -> Any:
     from pydantic import ValidationError
 
@@ -107,9 +135,8 @@ def _section(flags: dict[str, Any]) -> Any:
 
     keys = ("method", "norm", "eps", "delta", "classes", "samples", "restarts")
     try:
-        return CertifySection(**{key: flags[key] for key in keys}, pgd_steps=flags["steps"],
-                              seconds=flags["budget"])
+        return CertifySection(
+            **{key: flags[key] for key in keys}, pgd_steps=flags["steps"], seconds=flags["budget"]
+        )
     except ValidationError as error:
         raise ConfigError(explain(error), remedy="See `kdguard certify --help`.") from error
-
-

@@ -42,13 +42,19 @@ def distill(**flags: Any) -> None:
 
     named = [f"distill.arch={flags['arch']}"] if flags["arch"] else []
     config = load(flags["config_file"], [*flags["overrides"], *named])
-    transfer, clean = (data.load(flags[key], root=flags["data_root"], download=flags["download"])
-                       for key in ("transfer", "clean"))
+    transfer, clean = (
+        data.load(flags[key], root=flags["data_root"], download=flags["download"])
+        for key in ("transfer", "clean")
+    )
     shown = making.Images(transfer if flags["labelled"] else transfer.unlabelled(), clean, clean)
     with render.progress() as progress:
         figures = making.train_student(
-            config.distill, making.from_onnx(opened(flags["reference"], flags).path), shown,
-            folder=flags["out"], seed=flags["seed"], device=devices.pick(flags["device"]),
+            config.distill,
+            making.from_onnx(opened(flags["reference"], flags).path),
+            shown,
+            folder=flags["out"],
+            seed=flags["seed"],
+            device=devices.pick(flags["device"]),
             progress=progress,
         )
     render.say(f"weights and architecture are in {flags['out']}")
@@ -74,19 +80,26 @@ def export(**flags: Any) -> None:
     believed; a difference ends with exit code 7 and leaves no file.
     """
     import numpy as np
+    from mlflow_kdguard.export import to_onnx
 
     from mlflow_kdguard import data, devices
     from mlflow_kdguard.config import ExportSection
-    from mlflow_kdguard.export import to_onnx
     from mlflow_kdguard_cli import render
 
     shown = data.load(flags["data_uri"], root=flags["data_root"], download=flags["download"])
     section = ExportSection()
     sample = shown.batch(np.arange(min(len(shown), section.parity_images)))[0]
     exported = to_onnx(
-        opened(flags["model"], flags, shown).net(), flags["out"], shape=shown.shape,
-        classes=shown.classes, images=sample, config=section, device=devices.pick(flags["device"]),
+        opened(flags["model"], flags, shown).net(),
+        flags["out"],
+        shape=shown.shape,
+        classes=shown.classes,
+        images=sample,
+        config=section,
+        device=devices.pick(flags["device"]),
     )
-    render.say(f"{exported.path}: sha256 {exported.sha256}; largest softmax difference "
-               f"{exported.parity.softmax_max:.2g} on {exported.parity.argmax.n} images")
+    render.say(
+        f"{exported.path}: sha256 {exported.sha256}; largest softmax difference "
+        f"{exported.parity.softmax_max:.2g} on {exported.parity.argmax.n} images"
+    )
     render.document(exported.document(), flags["as_json"])

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from mlflow_kdguard.records import Decision
 
 KEYS = click.option(
-    "--key", "keys", type=click.Path(path_type=Path), multiple=True, required=True,
+    "--key",
+    "keys",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
     help="Public record of a trusted key (.pub); repeat for more.",
 )
 
@@ -87,9 +91,9 @@ def _registry(flags: dict[str, Any]) -> Any:
     from mlflow_kdguard.config import RegistrySection
     from mlflow_kdguard.registry import Registry
 
-    return Registry(RegistrySection(
-        tracking_uri=flags["tracking_uri"], registry_uri=flags["registry_uri"]
-    ))
+    return Registry(
+        RegistrySection(tracking_uri=flags["tracking_uri"], registry_uri=flags["registry_uri"])
+    )
 
 
 def _answer(decision: "Decision", flags: dict[str, Any]) -> int:

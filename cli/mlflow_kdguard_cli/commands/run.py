@@ -15,8 +15,13 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("-c", "--config", "config_file", type=click.Path(path_type=Path),
-              help="Configuration file; see examples/ and docs/reference/configuration.md.")
+@click.option(
+    "-c",
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    help="Configuration file; see examples/ and docs/reference/configuration.md.",
+)
 @options.set_values
 @click.option("--teacher", help="Teacher: a file, or models:/name/version.")
 @click.option("--transfer", help="Data URI of the images to distil on.")
@@ -24,11 +29,15 @@ if TYPE_CHECKING:
 @click.option("--test", help="Data URI of the held-out images.")
 @click.option("--model-name", help="Registered model of the student.")
 @click.option("--alias", help="Alias that a passing student is given.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for checkpoints and results.")
+@click.option("--out", help="Folder for checkpoints and results.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Overrides run.device.")
 @click.option("--resume", metavar="RUN_ID", help="Go on with an interrupted MLflow run.")
-@click.option("--key", type=click.Path(path_type=Path), envvar="KDGUARD_KEY",
-              help="Signing key (kdguard keygen); default: one is made in the output folder.")
+@click.option(
+    "--key",
+    type=click.Path(path_type=Path),
+    envvar="KDGUARD_KEY",
+    help="Signing key (kdguard keygen); default: one is made in the output folder.",
+)
 @options.registry_options
 @options.gate_options
 @options.trust_code
@@ -66,8 +75,13 @@ def run(**flags: Any) -> int:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("kdguard-demo"),
-              show_default=True, help="Folder for the MLflow database, models and results.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("kdguard-demo"),
+    show_default=True,
+    help="Folder for the MLflow database, models and results.",
+)
 @options.set_values
 @options.as_json
 def demo(out: Path, overrides: tuple[str, ...], as_json: bool) -> int:
@@ -101,12 +115,16 @@ def _config(flags: dict[str, Any]) -> "GuardConfig":
     from mlflow_kdguard.config import load
 
     keys = {
-        "teacher.model": flags["teacher"], "data.transfer": flags["transfer"],
-        "data.clean": flags["clean"], "data.test": flags["test"],
-        "registry.model_name": flags["model_name"], "registry.alias": flags["alias"],
+        "teacher.model": flags["teacher"],
+        "data.transfer": flags["transfer"],
+        "data.clean": flags["clean"],
+        "data.test": flags["test"],
+        "registry.model_name": flags["model_name"],
+        "registry.alias": flags["alias"],
         "registry.tracking_uri": flags["tracking_uri"],
         "registry.registry_uri": flags["registry_uri"],
-        "run.work_dir": flags["out"], "run.device": flags["device"],
+        "run.work_dir": flags["out"],
+        "run.device": flags["device"],
     }
     split = [part.strip() for text in flags["overrides"] for part in text.split(";")]
     named = [f"{key}={value}" for key, value in keys.items() if value]
@@ -119,15 +137,23 @@ def _config(flags: dict[str, Any]) -> "GuardConfig":
 def _resumed(run_id: str, flags: dict[str, Any], overrides: list[str]) -> "GuardConfig":
     """The configuration of an interrupted run, from the folder that the run names."""
     from mlflow_kdguard.config import RegistrySection, load
-    from mlflow_kdguard.flow.work import CONFIG_FILE
+    from mlflow_kdguard.errors import UsageError
+    from mlflow_kdguard.flow.work import CONFIG_FILE, FOLDER
     from mlflow_kdguard.registry import Registry
 
     section = RegistrySection(
         tracking_uri=flags["tracking_uri"], registry_uri=flags["registry_uri"]
     )
-    folder = Registry(section).work_dir(run_id)
-    return load(flags["config_file"] or folder / CONFIG_FILE,
-                [*overrides, f"run.work_dir={folder}"])
+    named = Registry(section).run_tag(run_id, FOLDER)
+    if named is None or not Path(named).is_dir():
+        raise UsageError(
+            f"the folder of run {run_id} ({named or 'not named'}) is not on this machine.",
+            remedy="Resume where the run was started.",
+        )
+    folder = Path(named)
+    return load(
+        flags["config_file"] or folder / CONFIG_FILE, [*overrides, f"run.work_dir={folder}"]
+    )
 
 
 def _grant(flags: dict[str, Any], config: "GuardConfig") -> "Grant":
@@ -170,8 +196,10 @@ def _finish(story: "Story", as_json: bool) -> int:
         [_story_row(row) for row in story.rows],
     )
     teacher = story.teacher
-    render.say(f"teacher: accuracy {render.rate(teacher.accuracy)}, "
-               f"ASR {teacher.asr[0].rate:.3f} ({teacher.asr[0].k}/{teacher.asr[0].n})")
+    render.say(
+        f"teacher: accuracy {render.rate(teacher.accuracy)}, "
+        f"ASR {teacher.asr[0].rate:.3f} ({teacher.asr[0].k}/{teacher.asr[0].n})"
+    )
     render.document(story.document(), as_json)
     guarded = story.row("guarded").outcome
     return 0 if guarded is not None and guarded.decision.passed else 3
@@ -187,8 +215,15 @@ def _story_row(row: "Row") -> tuple[str, ...]:
     asr = row.asr
     lift = "-" if asr.lift is None else f"{asr.lift:+.3f}"
     verdict = _verdict(row.outcome)
-    return (row.student, f"{row.accuracy.rate:.3f}", f"{asr.rate:.3f} ({asr.k}/{asr.n})",
-            f"{asr.upper:.3f}", lift, verdict.share, verdict.text)
+    return (
+        row.student,
+        f"{row.accuracy.rate:.3f}",
+        f"{asr.rate:.3f} ({asr.k}/{asr.n})",
+        f"{asr.upper:.3f}",
+        lift,
+        verdict.share,
+        verdict.text,
+    )
 
 
 def _verdict(outcome: "Outcome | None") -> _Verdict:
@@ -212,7 +247,8 @@ def _serves(story: "Story", config: "GuardConfig") -> str:
     if guarded is None or guarded.alias is None:
         return "the guarded student was not promoted: there is nothing to serve"
     uri = f"models:/{config.registry.model_name}@{guarded.alias}"
-    mlflow.set_tracking_uri(config.registry.tracking_uri)
+    if config.registry.tracking_uri is not None:
+        mlflow.set_tracking_uri(config.registry.tracking_uri)
     test = load(config.data.test)
     x, y = test.batch(range(100))
     answers = next(iter(mlflow.pyfunc.load_model(uri).predict(x).values()))

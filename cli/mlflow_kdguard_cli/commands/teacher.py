@@ -43,10 +43,10 @@ def register(**flags: Any) -> None:
     import tempfile
 
     import numpy as np
+    from mlflow_kdguard.export import to_onnx
 
     from mlflow_kdguard import data, devices
     from mlflow_kdguard.config import ExportSection, RegistrySection
-    from mlflow_kdguard.export import to_onnx
     from mlflow_kdguard.registry import Registry
     from mlflow_kdguard_cli import render
 
@@ -55,17 +55,37 @@ def register(**flags: Any) -> None:
     net = model.net()
     section = ExportSection()
     sample = shown.batch(np.arange(min(len(shown), section.parity_images)))[0]
-    registry = Registry(RegistrySection(
-        tracking_uri=flags["tracking_uri"], registry_uri=flags["registry_uri"]))
-    with tempfile.TemporaryDirectory() as folder:
-        exported = to_onnx(net, Path(folder) / "model.onnx", shape=shown.shape,
-                           classes=shown.classes, images=sample, config=section,
-                           device=devices.pick(flags["device"]))
-        version = _store(registry, flags["name"], net, Path(folder), model.sha256)
+    registry = Registry(
+        RegistrySection(tracking_uri=flags["tracking_uri"], registry_uri=flags["registry_uri"])
+    )
+    with tempfile.TemporaryDirectory() as folder, registry.run("register teacher") as run:
+        exported = to_onnx(
+            net,
+            Path(folder) / "model.onnx",
+            shape=shown.shape,
+            classes=shown.classes,
+            images=sample,
+            config=section,
+            device=devices.pick(flags["device"]),
+        )
+        version = registry.register_teacher(
+            flags["name"],
+            (Path(folder) / "model.onnx").read_bytes(),
+            run=run,
+            **_weights(net, Path(folder)),
+            data={"parity": Source(uri=shown.uri, sha256=shown.sha256)},
+            tags={"kdguard.source_sha256": model.sha256},
+        )
     render.say(f"{version.uri}: ONNX sha256 {exported.sha256}")
-    render.document({"schema": "kdguard.teacher/1", "uri": version.uri,
-                     "export": exported.document(), "source": {"sha256": model.sha256}},
-                    flags["as_json"])
+    render.document(
+        {
+            "schema": "kdguard.teacher/1",
+            "uri": version.uri,
+            "export": exported.document(),
+            "source": {"sha256": model.sha256},
+        },
+        flags["as_json"],
+    )
 
 
 @teacher.command("import")
@@ -92,28 +112,37 @@ def import_teacher(**flags: Any) -> int:
         render.say(f"{flags['model']} cannot be imported as it is: {error.message}\n\n{advice}")
         render.document({**body, "safe": False}, flags["as_json"])
         return error.exit_code
-    render.say(f"{flags['model']} can be read without executing anything: "
-               f"kdguard teacher register NAME --weights {path} --data URI")
+    render.say(
+        f"{flags['model']} can be read without executing anything: "
+        f"kdguard teacher register NAME --weights {path} --data URI"
+    )
     render.document({**body, "safe": True}, flags["as_json"])
     return 0
 
 
-def _store(registry: Any, name: str, net: Any, folder: Path, source: str) -> Any:
+def _weights(net: Any, folder: Path) -> dict[str, bytes]:
+    """safetensors and architecture record, where the architecture is known."""
     from mlflow_kdguard.nets import load
     from mlflow_kdguard.nets.architecture import Architecture
 
-    weights = None
-    if isinstance(getattr(net, "architecture", None), Architecture):
-        load.save(net, folder)
-        weights = folder
-    return registry.register_teacher(name, (folder / "model.onnx").read_bytes(), weights=weights,
-                                     lineage={"kdguard.source_sha256": source})
+    if not isinstance(getattr(net, "architecture", None), Architecture):
+        return {}
+    load.save(net, folder)
+    return {
+        "weights": (folder / "weights.safetensors").read_bytes(),
+        "architecture": (folder / "architecture.json").read_bytes(),
+    }
 
 
 @click.command()
 @click.argument("name", type=click.Choice(["badnets", "blended"]))
-@click.option("--target", type=click.IntRange(min=0), default=0, show_default=True,
-              help="Class that triggered images are sent to.")
+@click.option(
+    "--target",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Class that triggered images are sent to.",
+)
 @click.option("--out", type=FILE, required=True, help="Folder for teacher, trigger and images.")
 @click.option("-c", "--config", "config_file", type=FILE, help="File with a `redteam:` section.")
 @options.set_values
@@ -140,9 +169,20 @@ def attack(**flags: Any) -> None:
     assert config.redteam is not None
     with render.progress() as progress:
         written = write(
-            config.redteam, data.load(config.data.transfer), folder=flags["out"],
-            seed=flags["seed"], device=devices.pick(flags["device"]), progress=progress,
+            config.redteam,
+            data.load(config.data.transfer),
+            folder=flags["out"],
+            seed=flags["seed"],
+            device=devices.pick(flags["device"]),
+            progress=progress,
         )
     render.say("\n".join(f"{name}: {digest}" for name, digest in written.items()))
-    render.document({"schema": "kdguard.attack/1", "attack": flags["name"],
-                     "target": flags["target"], "files": written}, flags["as_json"])
+    render.document(
+        {
+            "schema": "kdguard.attack/1",
+            "attack": flags["name"],
+            "target": flags["target"],
+            "files": written,
+        },
+        flags["as_json"],
+    )
