@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "promote": ("promote:promote", "The decision, then the alias if it passes."),
     "doctor": ("doctor:doctor", "What is installed, what is missing, what each command needs."),
 }
-"""Command -> (module:attribute, one line of help). A test keeps the lines equal to the commands'."""
+"""Command -> (module:attribute, help in one line); a test holds it against the command's own."""
 
 EPILOG = (
     "Exit codes: 0 yes · 1 our failure · 2 usage or configuration · 3 refused (the answer is no) "

@@ -29,7 +29,9 @@ FILE = click.Path(path_type=Path)
 @click.option("--days", type=click.IntRange(min=1), help="Validity; default: no end.")
 @options.as_json
 def keygen(path: Path, owner: str, role: Any, days: int | None, as_json: bool) -> None:
-    """Make a signing key PATH (private, mode 0600) and its public record PATH.pub.
+    """Make a signing key with an owner and a role.
+
+    Make a signing key PATH (private, mode 0600) and its public record PATH.pub.
 
     Hand the .pub file to whoever checks. Nothing is ever overwritten.
     """
@@ -65,9 +67,10 @@ def keygen(path: Path, owner: str, role: Any, days: int | None, as_json: bool) -
 def check(
     certificate: Path, model: Path, keys: tuple[Path, ...], name: str | None, as_json: bool
 ) -> None:
-    """Check that CERTIFICATE is signed by a trusted key, still valid, and about these bytes.
+    """Check a certificate against a file; needs neither torch nor mlflow.
 
-    Needs neither torch nor mlflow. Exit code 8 says what does not hold.
+    Checks that CERTIFICATE is signed by a trusted key, still valid, and about these bytes. Exit
+    code 8 says what does not hold.
 
     \b
     kdguard check certificate.dsse.json --model model.onnx --key builder.pem.pub
@@ -118,10 +121,18 @@ def check(
     show_default=True,
     help="Validity.",
 )
-@click.option("--out", type=FILE, default=Path("certificate.dsse.json"), show_default=True)
+@click.option(
+    "--out",
+    type=FILE,
+    default=Path("certificate.dsse.json"),
+    show_default=True,
+    help="Certificate to write.",
+)
 @options.as_json
 def attest(**flags: Any) -> None:
-    """Sign a certificate for the student MODEL (model.onnx, or the folder of its bundle).
+    """Sign a certificate for a model file.
+
+    Sign a certificate for the student MODEL (model.onnx, or the folder of its bundle).
 
     Figures come from the documents of the other commands; what is left out is absent from the
     certificate, and the gate refuses what its policy asks for and does not find.

@@ -47,7 +47,9 @@ from mlflow_kdguard_cli.models import opened
 @options.trust_code
 @options.as_json
 def audit(**flags: Any) -> int:
-    """Look for a backdoor in MODEL: a file, models:/name/version or models:/name@alias.
+    """Look for a backdoor in a teacher or a student.
+
+    Look for a backdoor in MODEL: a file, models:/name/version or models:/name@alias.
 
     --data is a small, trusted, labelled set. Feature variances are reported; the verdict comes
     from a universal perturbation inverted for each class, held against clean networks. Known

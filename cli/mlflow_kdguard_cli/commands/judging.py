@@ -28,7 +28,9 @@ MODEL = click.argument("model")
 @options.registry_options
 @options.as_json
 def measure(**flags: Any) -> None:
-    """Accuracy and attack success rates of MODEL, on the ONNX bytes through onnxruntime.
+    """Accuracy and attack success rates on the ONNX bytes.
+
+    Accuracy and attack success rates of MODEL, on the ONNX bytes through onnxruntime.
 
     Rates come with k, n and a one-sided 95 % upper bound over all triggers together. An output
     that is not finite fails the measurement.
@@ -95,7 +97,9 @@ def measure(**flags: Any) -> None:
 @options.registry_options
 @options.as_json
 def certify(**flags: Any) -> None:
-    """Bounds on the confidence gap between a reference and a student, around real images.
+    """Bounds on the confidence gap between reference and student.
+
+    Bounds on the confidence gap between a reference and a student, around real images.
 
     For every drawn image: the largest |softmax difference| that a search finds within eps (a
     witness, so a lower bound) and a certified upper bound for every point of the ball.

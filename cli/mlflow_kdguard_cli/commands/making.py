@@ -27,7 +27,9 @@ FILE = click.Path(path_type=Path)
 @options.registry_options
 @options.as_json
 def distill(**flags: Any) -> None:
-    """Distil a student from a reference network; the result is weights.safetensors in --out.
+    """Distil a student from a reference network.
+
+    Distil a student from a reference network; the result is weights.safetensors in --out.
 
     Killed or interrupted, the same command goes on from its last checkpoint.
 
@@ -74,16 +76,18 @@ def distill(**flags: Any) -> None:
 @options.trust_code
 @options.as_json
 def export(**flags: Any) -> None:
-    """Export MODEL (.safetensors, weights-only .pt, .onnx) to one canonical ONNX file.
+    """Export a network to ONNX and compare before believing it.
+
+    Export MODEL (.safetensors, weights-only .pt, .onnx) to one canonical ONNX file.
 
     The file is run through onnxruntime on --data and compared with the network before it is
     believed; a difference ends with exit code 7 and leaves no file.
     """
     import numpy as np
-    from mlflow_kdguard.export import to_onnx
 
     from mlflow_kdguard import data, devices
     from mlflow_kdguard.config import ExportSection
+    from mlflow_kdguard.export import to_onnx
     from mlflow_kdguard_cli import render
 
     shown = data.load(flags["data_uri"], root=flags["data_root"], download=flags["download"])

@@ -29,11 +29,12 @@ KEYS = click.option(
 @options.registry_options
 @options.as_json
 def gate(**flags: Any) -> int:
-    """Decide whether MODEL (models:/name/version) may be promoted, without acting.
+    """The promotion decision, without acting on it.
 
-    The bundle is downloaded and hashed, the certificate's signatures are checked against the
-    trusted keys, and every rule of the operator's policy is held against the signed figures.
-    Exit code 0 passes, 3 refuses, 8 means that the certificate itself does not hold.
+    The bundle of MODEL (models:/name/version) is downloaded and hashed, the certificate's
+    signatures are checked against the trusted keys, and every rule of the operator's policy is
+    held against the signed figures. Exit code 0 passes, 3 refuses, 8 means that the certificate
+    itself does not hold.
 
     \b
     kdguard gate models:/student/3 --key builder.pem.pub --pin mnist5k#test
@@ -51,9 +52,9 @@ def gate(**flags: Any) -> int:
 @options.registry_options
 @options.as_json
 def promote(**flags: Any) -> int:
-    """Decide as `kdguard gate` does, and give MODEL the alias only on a pass.
+    """The decision, then the alias if it passes.
 
-    A refusal (exit code 3) leaves every alias where it was and writes the reasons to the model
+        A refusal (exit code 3) leaves every alias where it was and writes the reasons to the model
     version's tags.
 
     \b

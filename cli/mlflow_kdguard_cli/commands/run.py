@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 @options.download
 @options.as_json
 def run(**flags: Any) -> int:
-    """The pipeline: audit, detox, distil, export, certify, attest, gate, promote.
+    """The pipeline: audit, detox, distil, certify, gate, promote.
 
     \b
     kdguard run -c guard.yaml
@@ -85,13 +85,12 @@ def run(**flags: Any) -> int:
 @options.set_values
 @options.as_json
 def demo(out: Path, overrides: tuple[str, ...], as_json: bool) -> int:
-    """The whole story on embedded data: real handwritten digits, MLflow on sqlite, a few minutes.
+    """The whole story on embedded data, in a few minutes.
 
-    A teacher with a backdoor is made; a student distilled naively from it is refused by the gate,
-    a guarded one is promoted, and both are held against the students of a clean teacher and of no
-    teacher. Afterwards, `mlflow ui` shows every run.
-    """
-    from importlib.resources import files
+    Real handwritten digits, MLflow on sqlite, a few minutes. A teacher with a backdoor is made;
+    a student distilled naively from it is refused by the gate, a guarded one is promoted, and
+    both are held against the students of a clean teacher and of no teacher. Afterwards, `mlflow
+    ui` shows every run. """ from importlib.resources import files
 
     from mlflow_kdguard.config import load
     from mlflow_kdguard.story import tell

@@ -43,10 +43,11 @@ def register(**flags: Any) -> None:
     import tempfile
 
     import numpy as np
-    from mlflow_kdguard.export import to_onnx
 
     from mlflow_kdguard import data, devices
     from mlflow_kdguard.config import ExportSection, RegistrySection
+    from mlflow_kdguard.export import to_onnx
+    from mlflow_kdguard.records import Source
     from mlflow_kdguard.registry import Registry
     from mlflow_kdguard_cli import render
 
@@ -150,7 +151,9 @@ def _weights(net: Any, folder: Path) -> dict[str, bytes]:
 @options.device
 @options.as_json
 def attack(**flags: Any) -> None:
-    """Make a poisoned teacher, its trigger and a contaminated transfer set: evaluation only.
+    """Make a poisoned teacher, for evaluation only.
+
+    Make a poisoned teacher, its trigger and a contaminated transfer set: evaluation only.
 
     Writes poisoned/ and control/ (weights and architecture), trigger.npz and transfer.npz. The
     control is a clean teacher of equal training.
