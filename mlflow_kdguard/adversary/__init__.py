@@ -1,0 +1,1 @@
+"""Searches for the inputs that a network answers worst: pgd (one image), inversion (all at once)."""

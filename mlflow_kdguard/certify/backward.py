@@ -1,0 +1,140 @@
+"""The backward pass: a functional of any layers, as one linear bound in the image.
+
+CROWN (arXiv 1811.00866) on a graph: functionals are pulled from the last operation to the image,
+and each bent operation is replaced by the line above or below it, by the sign of the coefficient.
+Functionals of both networks share the pass and add up at the image *before* the largest value on
+the ball is taken.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from mlflow_kdguard.certify import ops
+from mlflow_kdguard.certify.ball import Ball
+from mlflow_kdguard.certify.forms import Form, add, dense
+from mlflow_kdguard.certify.joint import Index, Joint
+from mlflow_kdguard.certify.lines import Lines
+from mlflow_kdguard.certify.rounding import TINY, gamma, up
+
+Seed = tuple[Index, Form]
+"""A functional of one operation's value."""
+
+CHUNK_BYTES = 96 << 20
+"""Bytes that the widest layer may take for all rows of one pass."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Relaxed:
+    """A graph with what is known about each operation around B images.
+
+    boxes: bounds of each operation's value; scales: B numbers for each operation that its rounding
+    errors are proportional to (largest Σ|W||x| + |b|); lines: around each bent operation.
+    """
+
+    joint: Joint
+    ball: Ball
+    boxes: list[ops.Box]
+    scales: list[Tensor]
+    lines: dict[Index, Lines]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plane:
+    """functional(x) <= coef · x + shift for every x in the ball: `form` on the image, shift N.
+
+    `shift` contains the a-priori rounding error of the whole pass and of evaluating the plane.
+    """
+
+    form: Form
+    shift: Tensor
+    image: Tensor
+
+    def highest(self, ball: Ball) -> Tensor:
+        """Upper bound of the plane on each row's ball: N."""
+        form, image = self.form, self.image
+        top = form.coef.clamp(min=0.0) * form.read(ball.hi, image)
+        top = top + form.coef.clamp(max=0.0) * form.read(ball.lo, image)
+        best = top.flatten(1).sum(1)
+        if ball.norm == "l2":
+            length = torch.linalg.vector_norm(form.coef.flatten(1), dim=1)
+            best = torch.minimum(best, form.dot(ball.centre, image) + ball.eps * length)
+        return up(best + self.shift)
+
+
+def backward(relaxed: Relaxed, seeds: Sequence[Seed], image: Tensor) -> Plane:
+    """The sum of the seeds' functionals, bounded from above by a plane in the image.
+
+    `image`: int64 N, the image whose ball each row speaks of.
+    """
+    joint = relaxed.joint
+    waiting: dict[Index, Form] = {}
+    for index, form in seeds:
+        _push(joint, waiting, index, form)
+    error_rate = gamma(joint.terms)
+    shift = torch.zeros(len(image), dtype=torch.float64, device=image.device)
+    error = torch.full_like(shift, TINY)
+    for index in range(max(waiting), -1, -1):
+        form = waiting.pop(index, None)
+        if form is None:
+            continue
+        error = error + form.norm1() * relaxed.scales[index][image]
+        if index == 0:
+            waiting[0] = form
+            break
+        forms, constant = _pull(relaxed, index, form, image)
+        shift = shift + constant
+        for source, part in zip(joint.ops[index].inputs, forms, strict=True):
+            _push(joint, waiting, source, part)
+    image_form = waiting.get(0)
+    if image_form is None:
+        image_form = Form(shift.new_zeros((len(image), *joint.input_shape)))
+    return Plane(image_form, up(shift + error_rate * error), image)
+
+
+def _push(joint: Joint, waiting: dict[Index, Form], index: Index, form: Form) -> None:
+    known = waiting.get(index)
+    waiting[index] = form if known is None else add(known, form, joint.ops[index].shape)
+
+
+def _pull(
+    relaxed: Relaxed, index: Index, form: Form, image: Tensor
+) -> tuple[tuple[Form, ...], Tensor]:
+    """One operation backwards: a functional for each input, and the constant part (N)."""
+    op = relaxed.joint.ops[index]
+    nothing = torch.zeros(len(image), dtype=torch.float64, device=image.device)
+    if isinstance(op, ops.Linear):
+        offset = op.offset
+        return op.pull(form), nothing if offset is None else form.dot(offset, image)
+    lines = relaxed.lines[index]
+    if isinstance(op, ops.Extreme):
+        side = 1.0 if op.largest else -1.0
+        bent, constant = lines.pull(form.with_coef(side * form.coef), image)
+        rest = form.with_coef(form.coef - side * bent.coef)
+        return ((bent, rest) if op.largest else (rest, bent)), constant
+    bent, constant = lines.pull(form, image)
+    return (bent,), constant
+
+
+def highest(
+    relaxed: Relaxed, image: Tensor, seeds: Callable[[slice], Sequence[Seed]]
+) -> Tensor:
+    """Upper bounds of many functionals, in chunks that fit in memory: N.
+
+    `seeds(part)` makes the functionals of the rows in `part`.
+    """
+    widest = max(prod(op.shape) for op in relaxed.joint.ops)
+    step = max(16, CHUNK_BYTES // (8 * widest))
+    bounds = []
+    for start in range(0, len(image), step):
+        part = slice(start, start + step)
+        bounds.append(backward(relaxed, seeds(part), image[part]).highest(relaxed.ball))
+    return torch.cat(bounds) if bounds else torch.zeros(0, dtype=torch.float64, device=image.device)
+
+
+def written_out(plane: Plane, shape: tuple[int, ...]) -> Tensor:
+    """The plane's coefficients as N×C×H×W."""
+    return dense(plane.form, shape).coef

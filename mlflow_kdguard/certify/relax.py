@@ -1,0 +1,50 @@
+"""Upper bounds of the confidence gap by linear relaxation: the built-in rows of table "bound".
+
+A bound is called with a joint graph, balls around B images and the classes that are asked for,
+and returns `Bounds`. Branch and bound and solvers are meant to become further rows.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mlflow_kdguard.certify import gap
+from mlflow_kdguard.certify.ball import Ball
+from mlflow_kdguard.certify.joint import Joint
+from mlflow_kdguard.certify.propagate import relax
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bounds:
+    """Upper bounds of max |p_S,k - p_R,k| over the ball (and over k): `upper`, float64 B in [0, 1].
+
+    `nodes`: subproblems an image. `worst`: B×C×H×W, for each image a point at which the bound is
+    attained (where a witness search should look), or None.
+    """
+
+    upper: Tensor
+    nodes: int
+    worst: Tensor | None = None
+
+
+class Bound(Protocol):
+    """One row of table "bound"."""
+
+    def __call__(self, joint: Joint, ball: Ball, classes: Tensor | None) -> Bounds:
+        """Bound the gap of class `classes` (int64 B), or of all classes where that is None."""
+        ...
+
+
+@torch.no_grad()
+def interval(joint: Joint, ball: Ball, classes: Tensor | None) -> Bounds:
+    """Interval arithmetic (Gowal et al., arXiv 1810.12715) on both networks and their margins."""
+    return Bounds(gap.bounded(relax(joint, ball, tighten=False), classes, gap.by_boxes).upper, 1)
+
+
+@torch.no_grad()
+def crown(joint: Joint, ball: Ball, classes: Tensor | None) -> Bounds:
+    """Joint CROWN (arXiv 1811.00866) with folded margins; see `docs/reference/certify.md`."""
+    found = gap.bounded(relax(joint, ball, tighten=True), classes, gap.by_planes)
+    return Bounds(found.upper, 1, found.worst)

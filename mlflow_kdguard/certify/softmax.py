@@ -1,0 +1,162 @@
+"""The confidence p = 1 / (1 + Σ_j exp a_j) of one class in its m margins a_j = z_j - z_k.
+
+For any multipliers, the largest gap of two confidences splits into a linear part, which the
+backward pass bounds, and two constants (Lagrangian split):
+
+    max p(a(x)) - p(b(x)) <= max_x [λ·a(x) + μ·b(x)] + upper_constant(λ) + lower_constant(μ)
+    upper_constant = sup {p(a) - λ·a : a in its box},  lower_constant = sup {-p(b) - μ·b}.
+
+Both constants hold for every λ <= 0 and μ >= 0 in real arithmetic up to `margin`.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from mlflow_kdguard.certify.rounding import gamma
+
+_CORNERS = 5
+"""Classes whose ends are enumerated in `lower_constant`; the others are bounded to first order."""
+
+_HUGE = 1e290
+"""Where exp is cut off: far above any number of which 1 / (1 + x) differs from 0 in float64."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Margins:
+    """Box of the margins: lo, hi, N×m each."""
+
+    lo: Tensor
+    hi: Tensor
+
+
+def confidence(margins: Tensor) -> Tensor:
+    """p = 1 / (1 + Σ exp a_j) over the last axis."""
+    return torch.sigmoid(-torch.logsumexp(margins, -1))
+
+
+def margin(classes: int, weights: Tensor, box: Margins) -> Tensor:
+    """A-priori rounding error of a constant with multipliers `weights` (N×m): N.
+
+    Every exp, log and division of the libraries is taken to be within 4 units in the last place.
+    """
+    size = torch.maximum(box.lo.abs(), box.hi.abs())
+    return gamma(64 + 8 * classes) * (4.0 + (weights.abs() * size).sum(-1))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Upper:
+    """p(a) <= λ·a + constant: multipliers λ <= 0 (N×m) and the constant (N)."""
+
+    weights: Tensor
+    constant: Tensor
+
+
+def upper_plane(box: Margins, at: Tensor, slope: Tensor) -> Upper:
+    """Tangent of log-sum-exp at margins `at` (N×m), then a line of `slope` in (0, 1/4] (N).
+
+    LSE is convex, so t = -(tangent) >= -LSE; p <= sigmoid(t) <= slope t + c on t's interval, and
+    c is the exact supremum: at an end or where sigmoid' = slope on the concave side.
+    """
+    share = torch.softmax(at, -1)
+    base = torch.logsumexp(at, -1) - (share * at).sum(-1)
+    t_lo = -(base + (share * box.hi).sum(-1))
+    t_hi = -(base + (share * box.lo).sum(-1))
+    root = (1.0 - 4.0 * slope).clamp(min=0.0).sqrt()
+    turn = torch.log((1.0 + root) ** 2 / (4.0 * slope)).clamp(t_lo, t_hi).detach()
+    points = torch.stack((t_lo, t_hi, turn), -1)
+    best = (torch.sigmoid(points) - slope[..., None] * points).amax(-1)
+    return Upper(-slope[..., None] * share, best - slope * base)
+
+
+def lower_constant(box: Margins, weights: Tensor) -> Tensor:
+    """sup of -p(b) - μ·b over the box, for μ = `weights` >= 0 (N×m): N, differentiable in μ.
+
+    In one coordinate -p is convex while that class has probability below 1/2, and at most one
+    class can have more; so all coordinates but one are at ends of the box, and that one is at an
+    end or where the derivative vanishes on the concave side. Ends are enumerated for the classes
+    with the largest exp(hi); the rest enters through the tangent of the concave -1/(1+s).
+    """
+    with torch.no_grad():
+        best = _worst_point(box, weights.detach())
+    fixed = best.value + (weights.detach() * best.at).sum(-1)
+    return fixed - (weights * best.at).sum(-1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Point:
+    value: Tensor
+    at: Tensor
+
+
+def _worst_point(box: Margins, weights: Tensor) -> _Point:
+    order = box.hi.argsort(-1, descending=True)
+    lo, hi, mu = (value.gather(-1, order) for value in (box.lo, box.hi, weights))
+    top = min(lo.shape[-1], _CORNERS)
+    rest, rest_at = _rest(lo, hi, mu, top)
+    corners = _edges(top, lo.device)
+    ends = torch.where(corners, hi[:, None, :top], lo[:, None, :top])
+    free = torch.arange(len(corners), device=lo.device) // (len(corners) // top)
+    pick = free[None, :, None].expand(len(lo), -1, 1)
+    held = ends.scatter(-1, pick, -torch.inf)
+    c = 1.0 + _exp(held).sum(-1) + _exp(lo[:, top:]).sum(-1, keepdim=True)
+    c = c.clamp(max=_HUGE)
+    mu_free = mu[:, free]
+    q = (1.0 + (1.0 - 4.0 * c * mu_free).clamp(min=0.0).sqrt()) / 2.0
+    turn = c.log() + (q * q / (c * mu_free).clamp(min=1.0 / _HUGE)).log()
+    turn = torch.minimum(torch.maximum(turn, lo[:, free]), hi[:, free])
+    b = torch.stack((lo[:, free], hi[:, free], turn))
+    linear = (mu[:, None, :top] * ends.scatter(-1, pick, 0.0)).sum(-1)
+    values = -1.0 / (c + _exp(b)) - mu_free * b - linear
+    value, which = values.transpose(0, 1).flatten(1).max(-1)
+    rows = torch.arange(len(lo), device=lo.device)
+    edge = which % len(corners)
+    at_top = ends[rows, edge].scatter(-1, free[edge][:, None], b.transpose(0, 1).flatten(1)[rows, which][:, None])
+    at = torch.empty_like(lo).scatter_(-1, order, torch.cat((at_top, rest_at), -1))
+    return _Point(value + rest, at)
+
+
+@cache
+def _edges(top: int, device: torch.device) -> Tensor:
+    """For each free class, all ends of the other `top` - 1 classes: bool (top 2^(top-1))×top."""
+    rows = []
+    for j in range(top):
+        for ends in product((False, True), repeat=top - 1):
+            rows.append([*ends[:j], False, *ends[j:]])
+    return torch.tensor(rows, device=device)
+
+
+def _exp(x: Tensor) -> Tensor:
+    return x.exp().clamp(max=_HUGE)
+
+
+def _rest(lo: Tensor, hi: Tensor, mu: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """First-order share of the classes beyond `top`: its supremum (N) and where it lies."""
+    exp_lo = _exp(lo)
+    rate = (1.0 + exp_lo.sum(-1, keepdim=True)) ** -2.0
+    ends = torch.stack((lo, hi))[:, :, top:]
+    scores = rate * (_exp(ends) - exp_lo[:, top:]) - mu[:, top:] * ends
+    best, which = scores.max(0)
+    at = torch.where(which == 0, ends[0], ends[1])
+    return best.sum(-1), at
+
+
+def interval_gap(high: Margins, low: Margins) -> Tensor:
+    """Upper bound of p(a) - p(b) from the boxes alone: N."""
+    return confidence(high.lo) - confidence(low.hi)
+
+
+def linked_gap(high: Margins, low: Margins, difference: Margins) -> Tensor:
+    """Upper bound of p(a) - p(b) from a - b in `difference`: N.
+
+    log-odds t = -LSE differ by at most D = max_j (b_j - a_j), and sigmoid(t + D) - sigmoid(t) is
+    largest at t = -D/2 (where it is tanh(D/4)) or, if that is out of reach, at the nearest t.
+    """
+    rise = (-difference.lo).amax(-1).clamp(min=0.0)
+    t_lo, t_hi = -torch.logsumexp(low.hi, -1), -torch.logsumexp(low.lo, -1)
+    t_lo = torch.maximum(t_lo, -torch.logsumexp(high.hi, -1) - rise)
+    t = torch.minimum(torch.maximum(-rise / 2.0, t_lo), torch.maximum(t_hi, t_lo))
+    return torch.sigmoid(t + rise) - torch.sigmoid(t)
