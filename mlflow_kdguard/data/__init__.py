@@ -2,6 +2,7 @@
 
 from mlflow_kdguard.data.dataset import UNLABELLED, Dataset, concat
 from mlflow_kdguard.data.open import SOURCES, load
+from mlflow_kdguard.data.store import save
 from mlflow_kdguard.data.uri import quote
 
-__all__ = ["SOURCES", "UNLABELLED", "Dataset", "concat", "load", "quote"]
+__all__ = ["SOURCES", "UNLABELLED", "Dataset", "concat", "load", "quote", "save"]
