@@ -7,7 +7,7 @@ one-sided bound, never as a point.
 from collections.abc import Sequence
 from math import hypot, prod, sqrt
 
-from scipy.stats import beta, norm
+from scipy.special import betaincinv, ndtri
 
 CONFIDENCE = 0.95
 """Default one-sided confidence of every gated bound."""
@@ -23,13 +23,13 @@ def _checked(k: int, n: int, confidence: float) -> None:
 def lower(k: int, n: int, confidence: float = CONFIDENCE) -> float:
     """One-sided Clopper–Pearson lower bound for k successes among n (0 if n is 0)."""
     _checked(k, n, confidence)
-    return 0.0 if k == 0 else float(beta.ppf(1.0 - confidence, k, n - k + 1))
+    return 0.0 if k == 0 else float(betaincinv(k, n - k + 1, 1.0 - confidence))
 
 
 def upper(k: int, n: int, confidence: float = CONFIDENCE) -> float:
     """One-sided Clopper–Pearson upper bound for k successes among n (1 if n is 0)."""
     _checked(k, n, confidence)
-    return 1.0 if k == n else float(beta.ppf(confidence, k + 1, n - k))
+    return 1.0 if k == n else float(betaincinv(k + 1, n - k, confidence))
 
 
 def bonferroni(confidence: float, questions: int) -> float:
@@ -72,7 +72,7 @@ def paired_difference_upper(
         _checked(cell, n, confidence)
     if n == 0:
         return 1.0
-    z = float(norm.ppf(confidence))
+    z = float(ndtri(confidence))
     k1, k2 = both + only_first, both + only_second
     p1, p2 = k1 / n, k2 / n
     upper1, lower2 = wilson(k1, n, z)[1], wilson(k2, n, z)[0]
@@ -93,7 +93,7 @@ def independent_difference_upper(
     _checked(k2, n2, confidence)
     if n1 == 0 or n2 == 0:
         return 1.0
-    z = float(norm.ppf(confidence))
+    z = float(ndtri(confidence))
     p1, p2 = k1 / n1, k2 / n2
     up, down = wilson(k1, n1, z)[1] - p1, p2 - wilson(k2, n2, z)[0]
     return min(1.0, p1 - p2 + hypot(up, down))

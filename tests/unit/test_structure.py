@@ -24,6 +24,7 @@ TRUST_CORE = (
     "draw",
     "intervals",
     "records",
+    "bundle",
     "extensions",
     "config",
     "policy",
