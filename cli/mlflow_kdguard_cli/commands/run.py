@@ -90,7 +90,9 @@ def demo(out: Path, overrides: tuple[str, ...], as_json: bool) -> int:
     Real handwritten digits, MLflow on sqlite, a few minutes. A teacher with a backdoor is made;
     a student distilled naively from it is refused by the gate, a guarded one is promoted, and
     both are held against the students of a clean teacher and of no teacher. Afterwards, `mlflow
-    ui` shows every run. """ from importlib.resources import files
+    ui` shows every run.
+    """
+    from importlib.resources import files
 
     from mlflow_kdguard.config import load
     from mlflow_kdguard.story import tell
