@@ -1,0 +1,109 @@
+"""A certificate that passes the packaged policy, and the pieces to spoil it with."""
+
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from typing import Any
+
+from mlflow_kdguard.draw import draw
+from mlflow_kdguard.files import sha256
+from mlflow_kdguard.policy import Policy, load
+from mlflow_kdguard.records import (
+    Asr,
+    AuditFigure,
+    Certificate,
+    Control,
+    Decision,
+    FaithfulFigure,
+    Figures,
+    Model,
+    Paired,
+    Parity,
+    Rate,
+    ReferenceGap,
+    Signatory,
+    Source,
+    Subject,
+    format_time,
+)
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+FILES = {"model.onnx": b"the student", "MLmodel": b"flavors: {}\n", "requirements.txt": b"numpy\n"}
+STUDENT = sha256(FILES["model.onnx"])
+REFERENCE, TEACHER = sha256(b"the reference"), sha256(b"the teacher")
+TEST = Source(uri="digits#test", sha256=sha256(b"the test images"))
+TRIGGER = sha256(b"the trigger")
+BUILDER = Signatory(key=sha256(b"builder key"), owner="Bea", role="builder")
+VERIFIER = Signatory(key=sha256(b"verifier key"), owner="Vic", role="verifier")
+POPULATION, SAMPLES = 1000, 100
+
+
+def asr(**changes: Any) -> Asr:
+    """A trigger that hardly ever succeeds."""
+    values: dict[str, Any] = {
+        "trigger": TRIGGER, "name": "badnets", "target": 0, "source": "supplied", "k": 10, "n": 900,
+        "changed": Rate(k=900, n=900), "confidence": 0.95,
+    }  # fmt: skip
+    return Asr(**(values | changes))
+
+
+def indices(samples: int = SAMPLES, population: int = POPULATION, nonce: str = "") -> Any:
+    """The draw that the gate repeats."""
+    return draw(population, samples, REFERENCE, STUDENT, TEST.sha256, nonce)
+
+
+def faithful(**changes: Any) -> FaithfulFigure:
+    """A student that says what its reference says around 95 of 100 images."""
+    values: dict[str, Any] = {
+        "method": "certified", "norm": "linf", "eps": 0.01, "delta": 0.2, "classes": "all",
+        "within": Rate(k=95, n=SAMPLES), "lower_mean": 0.02, "upper_mean": 0.06,
+        "selection": "uniform-seeded", "population": POPULATION, "nonce": "", "data": TEST,
+        "indices": indices(), "control": Control(gap_mean=0.85, within=Rate(k=0, n=SAMPLES)),
+    }  # fmt: skip
+    return FaithfulFigure(**(values | changes))
+
+
+def figures(**changes: Any) -> Figures:
+    """Figures that pass."""
+    values: dict[str, Any] = {
+        "accuracy": Rate(k=945, n=1000),
+        "teacher": Model(sha256=TEACHER),
+        "paired": Paired(both=930, only_teacher=20, only_student=15, neither=35),
+        "measured_on": TEST,
+        "asr": (asr(), asr(trigger=sha256(b"inverted"), name="class-0", source="recovered")),
+        "reference": ReferenceGap(gap_mean=0.05, student_gap_max=0.4, n=1000),
+        "faithful": (faithful(),),
+        "audit": {
+            "teacher": AuditFigure(model=Model(sha256=TEACHER), verdict="suspect", target=0),
+            "student": AuditFigure(model=Model(sha256=STUDENT), verdict="undecided"),
+        },
+        "export": Parity(softmax_max=1e-6, argmax=Rate(k=1000, n=1000), provider="CPU"),
+    }
+    return Figures(**(values | changes))
+
+
+def certificate(**changes: Any) -> Certificate:
+    """A certificate about FILES; what is not a field of Certificate changes its figures."""
+    named = {key: changes.pop(key) for key in list(changes) if key in Figures.model_fields}
+    values: dict[str, Any] = {
+        "subjects": tuple(Subject(path=p, sha256=sha256(FILES[p])) for p in sorted(FILES)),
+        "model_name": "digits", "registry": "http://registry", "reference": Model(sha256=REFERENCE),
+        "teacher": Model(sha256=TEACHER), "data": (TEST,), "triggers": (TRIGGER,),
+        "figures": figures(**named), "figures_from": "imported", "config": sha256(b"config"),
+        "seed": 7, "tools": {"onnxruntime": "1.22"}, "issued": format_time(NOW - timedelta(days=1)),
+        "expires": format_time(NOW + timedelta(days=30)),
+    }  # fmt: skip
+    return Certificate(**(values | changes))
+
+
+@cache
+def packaged() -> Policy:
+    """The packaged policy."""
+    return load()
+
+
+def decided(made: Certificate | None, policy: Policy | None = None, **grants: Any) -> Decision:
+    """The gate's answer, signed by the builder with the test data pinned unless told otherwise."""
+    from mlflow_kdguard.gate import decide
+
+    values = {"signers": (BUILDER,), "now": NOW, "pins": (TEST.sha256,)} | grants
+    return decide(made, packaged() if policy is None else policy, **values)
