@@ -68,6 +68,8 @@ class TeacherSection(Section):
 
     model: str | None = Field(None, description="file or models:/name/version")
     arch: str | None = Field(None, description="architecture, where the file holds weights only")
+    mean: tuple[float, ...] = Field((), description="mean a channel, where weights stand alone")
+    std: tuple[float, ...] = Field((), description="deviation a channel, likewise")
     name: str | None = Field(None, description="registered model name to store the teacher under")
 
 
@@ -98,6 +100,11 @@ class AuditSection(Section):
     batch: int = Field(64, ge=1, description="images a step")
     calibration: str | None = Field(None, description="calibration file made on clean networks")
     shadows: int = Field(0, ge=0, description="clean shadow networks to train for calibration")
+    shadow_loop: Loop = Field(
+        Loop(epochs=60), description="training of shadows: about as many steps as the model's"
+    )
+    shadow_eps: float = Field(0.02, ge=0, description="l_inf radius of their Madry training")
+    shadow_pgd_steps: Steps = Field(3, description="inner steps of their Madry training")
     alpha: Share = Field(0.05, description="level at which the verdict is suspect")
 
 

@@ -42,7 +42,8 @@ class Inverted:
 def project(delta: Tensor, radius: float) -> Tensor:
     """Each pattern of …×C×H×W scaled back into the L2 ball of `radius`."""
     norm = delta.flatten(-3).norm(dim=-1).clamp_min(1e-12)
-    return delta * (radius / norm).clamp_max(1.0)[..., None, None, None]
+    scaled: Tensor = delta * (radius / norm).clamp_max(1.0)[..., None, None, None]
+    return scaled
 
 
 def descend(delta: Tensor, gradient: Tensor, *, step: float, radius: float) -> Tensor:
@@ -68,9 +69,8 @@ def invert(
     x: N×C×H×W pixels, y: N labels, on the network's device; `generator` is a CPU generator.
     Raises DataError without images of another class, NonFiniteError for logits that are not finite.
     """
-    seed = _seeds(generator, 1)
-    found = _group(net, x, y, (target,), seed, radius, steps, batch, step)
-    return _rated(net, x, y, (target,), found)[0]
+    search = _Search(net, x, y, radius, steps, batch, _STEP * radius if step is None else step)
+    return search.run((target,), _seeds(generator, 1))[0]
 
 
 def invert_all(
@@ -94,13 +94,13 @@ def invert_all(
     asked = tuple(range(classes)) if targets is None else tuple(targets)
     if any(not 0 <= target < classes for target in asked):
         raise UsageError(f"targets {asked} are not all classes of 0..{classes - 1}.")
+    search = _Search(net, x, y, radius, steps, batch, _STEP * radius if step is None else step)
     seeds = _seeds(generator, len(asked))
     size = max(1, _AT_ONCE // batch)
     results: list[Inverted] = []
     for start in range(0, len(asked), size):
         group = asked[start : start + size]
-        deltas = _group(net, x, y, group, seeds[start : start + size], radius, steps, batch, step)
-        results += _rated(net, x, y, group, deltas)
+        results += search.run(group, seeds[start : start + size])
         best = max(found.rate.rate for found in results)
         progress("inversion", len(results), len(asked), {"rate_max": best})
     return tuple(results)
@@ -130,34 +130,37 @@ def _seeds(generator: torch.Generator, count: int) -> list[int]:
     return [int(seed) for seed in torch.randint(2**62, (count,), generator=generator)]
 
 
-def _group(
-    net: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    targets: Sequence[int],
-    seeds: Sequence[int],
-    radius: float,
-    steps: int,
-    batch: int,
-    step: float | None,
-) -> Tensor:
-    """The patterns of a few classes together: T×C×H×W."""
-    others = [_others(y, target) for target in targets]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    labels = torch.tensor(targets, device=x.device).repeat_interleave(batch)
-    delta = torch.zeros((len(targets), *x.shape[1:]), device=x.device, dtype=x.dtype)
-    with _frozen(net):
-        for _ in range(steps):
-            drawn = [
-                other[torch.randint(len(other), (batch,), generator=generator)]
-                for other, generator in zip(others, generators, strict=True)
-            ]
-            images = x[torch.cat(drawn).to(x.device)]
-            gradient = _gradient(net, images, labels, delta)
-            delta = descend(
-                delta, gradient, step=_STEP * radius if step is None else step, radius=radius
-            )
-    return delta
+@dataclass(frozen=True, slots=True, eq=False)
+class _Search:
+    """Images and settings that all classes share."""
+
+    net: nn.Module
+    x: Tensor
+    y: Tensor
+    radius: float
+    steps: int
+    batch: int
+    step: float
+
+    def run(self, targets: Sequence[int], seeds: Sequence[int]) -> list[Inverted]:
+        """The patterns of a few classes, found together, with their rates."""
+        return _rated(self.net, self.x, self.y, targets, self._deltas(targets, seeds))
+
+    def _deltas(self, targets: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        x, batch = self.x, self.batch
+        others = [_others(self.y, target) for target in targets]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        labels = torch.tensor(targets, device=x.device).repeat_interleave(batch)
+        delta = torch.zeros((len(targets), *x.shape[1:]), device=x.device, dtype=x.dtype)
+        with _frozen(self.net):
+            for _ in range(self.steps):
+                drawn = [
+                    other[torch.randint(len(other), (batch,), generator=generator)]
+                    for other, generator in zip(others, generators, strict=True)
+                ]
+                gradient = _gradient(self.net, x[torch.cat(drawn).to(x.device)], labels, delta)
+                delta = descend(delta, gradient, step=self.step, radius=self.radius)
+        return delta
 
 
 def _gradient(net: nn.Module, images: Tensor, labels: Tensor, delta: Tensor) -> Tensor:
@@ -192,9 +195,10 @@ def _rated(
     with _frozen(net), torch.no_grad():
         for target, delta in zip(targets, deltas, strict=True):
             others = _others(y, target).to(x.device)
-            hits = sum(
-                int((net((x[part] + delta).clamp(0.0, 1.0)).argmax(1) == target).sum())
-                for part in others.split(_AT_ONCE)
-            )
+            hits = 0
+            for start in range(0, len(others), _AT_ONCE):
+                images = x[others[start : start + _AT_ONCE]]
+                answers = net((images + delta).clamp(0.0, 1.0)).argmax(1)
+                hits += int((answers == target).sum())
             results.append(Inverted(target, delta, Rate(k=hits, n=len(others))))
     return results

@@ -25,7 +25,7 @@ from mlflow_kdguard.detox.state import Combine, State, Work
 from mlflow_kdguard.detox.suspects import choose
 from mlflow_kdguard.errors import ConfigError, DataError
 from mlflow_kdguard.records import Progress, Source, silent
-from mlflow_kdguard.training import accuracy, derive
+from mlflow_kdguard.training import derive
 
 __all__ = ["DetoxRecord", "Detoxed", "State", "StepRecord", "Work", "choose", "cleanse"]
 
@@ -69,7 +69,7 @@ def cleanse(
     """
     rows = {name: _row(name) for name in config.chain}
     _check_suspects(suspects, clean.classes, config.chain)
-    state = _start(teacher, clean, suspects, config, seed, device)
+    state = _start(teacher, split(clean, share=config.validation, seed=seed), suspects, device)
     state = replace(state, preview=_preview(state, rows))
     raw = state.judge(state.teacher, device)
     state = replace(state, least=max(0, raw.k - int(config.max_drop * raw.n + 1e-9)))
@@ -101,20 +101,17 @@ def _row(name: str) -> Row:
 
 def _start(
     teacher: nn.Module,
-    clean: Dataset,
+    parts: tuple[Dataset, Dataset],
     suspects: tuple[int, ...],
-    config: DetoxSection,
-    seed: int,
     device: torch.device,
 ) -> State:
-    train, validation = split(clean, share=config.validation, seed=seed)
     raw = deepcopy(teacher).to(device).eval().requires_grad_(False)
     return State(
         teacher=raw,
         copy=raw,
         reference=raw,
-        train=train,
-        validation=validation,
+        train=parts[0],
+        validation=parts[1],
         suspects=suspects,
         least=0,
         preview=lambda copy: copy,

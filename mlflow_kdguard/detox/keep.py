@@ -8,9 +8,7 @@ from mlflow_kdguard.detox.state import State, Work
 from mlflow_kdguard.files import write_bytes
 
 
-def keep(
-    state: State, work: Work, name: str, modules: Mapping[str, nn.Module], what: str
-) -> None:
+def keep(state: State, work: Work, name: str, modules: Mapping[str, nn.Module], what: str) -> None:
     """Write the modules' tensors to `NN-name.what.safetensors` in the folder, whole or not at all.
 
     Raises UsageError where the folder cannot be written. Does nothing without a folder.

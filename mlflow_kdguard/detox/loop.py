@@ -68,14 +68,17 @@ def drive(routine: Routine, state: State, work: Work, judge: Callable[[], Rate])
     course = _Course()
     keeper = _keeper(routine, state, work)
     batches = _batches(state, work)
-    with devices.deterministic(work.device), Signals() as signals:
+    cuda = [work.device] if work.device.type == "cuda" else []
+    with devices.deterministic(work.device), torch.random.fork_rng(cuda), Signals() as signals:
         _restore(routine, course, keeper.load(), work.device)
         fresh = course.done < routine.steps
         while course.done < routine.steps:
             if signals.struck:
                 keeper.save(_saved(routine, course))
                 raise _interrupted(routine, course, keeper)
-            _advance(routine, course, batches, state, work, judge)
+            loss = _advance(routine, course, batches, derive(work.seed, routine.name, state.place))
+            if course.done == routine.steps or course.done % max(1, routine.steps // _LOOKS) == 0:
+                _look(routine, course, loss, least=state.least, rate=judge(), work=work)
             if keeper.due:
                 keeper.save(_saved(routine, course))
         if fresh:
@@ -83,26 +86,25 @@ def drive(routine: Routine, state: State, work: Work, judge: Callable[[], Rate])
     return _settle(routine, course)
 
 
-def _advance(
-    routine: Routine,
-    course: _Course,
-    batches: Batches,
-    state: State,
-    work: Work,
-    judge: Callable[[], Rate],
-) -> None:
-    seed = derive(work.seed, routine.name, state.place, course.done)
-    generator = torch.Generator().manual_seed(seed)
+def _advance(routine: Routine, course: _Course, batches: Batches, seed: int) -> Tensor:
+    """One step, with a seed of its own: also for layers that read torch's global generator."""
+    torch.manual_seed(derive(seed, "layers", course.done))
+    generator = torch.Generator().manual_seed(derive(seed, "step", course.done))
     x, y, _ = batches.draw(course.done, generator)
     loss = routine.advance(x, y, course.done, generator)
     course.done += 1
-    if course.done == routine.steps or course.done % max(1, routine.steps // _LOOKS) == 0:
-        _check(routine, loss, course.done)
-        rate = judge()
-        if rate.k >= state.least:
-            course.good_at, course.good = course.done, _snapshot(routine.module)
-        figures = {"loss": float(loss), "clean_accuracy": rate.rate}
-        work.progress(routine.name, course.done, routine.steps, figures)
+    return loss
+
+
+def _look(
+    routine: Routine, course: _Course, loss: Tensor, *, least: int, rate: Rate, work: Work
+) -> None:
+    """Remember the module's state if its reference meets the limit, and tell."""
+    _check(routine, loss, course.done)
+    if rate.k >= least:
+        course.good_at, course.good = course.done, _snapshot(routine.module)
+    figures = {"loss": float(loss), "clean_accuracy": rate.rate}
+    work.progress(routine.name, course.done, routine.steps, figures)
 
 
 def _check(routine: Routine, loss: Tensor, done: int) -> None:

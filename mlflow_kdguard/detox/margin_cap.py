@@ -113,7 +113,7 @@ def cleanse(state: State, work: Work) -> State:
         outcome="kept",
         kept_at=0,
         steps=0,
-        copy=state.judge(state.copy, work.device),
+        detoxed=state.judge(state.copy, work.device),
         reference=state.judge(reference, work.device),
     )
     return replace(state, reference=reference, steps=(*state.steps, record))

@@ -14,7 +14,7 @@ class StepRecord(Record):
 
     `outcome`: "kept" where the step's end state met the limit, "rolled back" where an earlier
     state of the same step did (`kept_at` of `steps`), "undone" where none did, so that the step
-    left nothing behind. `copy_` and `reference` are clean validation accuracies after the step, of
+    left nothing behind. `detoxed` and `reference`: clean validation accuracy, after the step, of
     the detoxed copy and of the reference that the whole chain makes of it.
     """
 
@@ -22,7 +22,7 @@ class StepRecord(Record):
     outcome: Outcome
     kept_at: int = Field(ge=0)
     steps: int = Field(ge=0)
-    copy_: Rate = Field(alias="copy")
+    detoxed: Rate
     reference: Rate
     details: dict[str, Any] = Field(default_factory=dict)
 

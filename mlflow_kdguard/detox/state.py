@@ -75,7 +75,7 @@ class State:
             outcome=outcome,
             kept_at=kept_at,
             steps=steps,
-            copy=self.judge(copy, device),
+            detoxed=self.judge(copy, device),
             reference=self.judge(self.preview(copy), device),
             details=details,
         )

@@ -15,7 +15,9 @@ def choose(config: DetoxSection, report: AuditReport | None) -> tuple[tuple[int,
     """
     if config.suspects != "auto":
         return config.suspects, "named in the configuration"
-    findings = [] if report is None else [each for each in report.detectors if "rates" in each.details]
+    findings = (
+        [] if report is None else [each for each in report.detectors if "rates" in each.details]
+    )
     if not findings:
         raise ConfigError(
             "no suspect class is known: the audit ran no inversion.",

@@ -39,11 +39,15 @@ class _Training:
     name = NAME
 
     def __init__(
-        self, net: nn.Module, suspects: tuple[int, ...], shape: tuple[int, ...], config: DetoxSection
+        self,
+        net: nn.Module,
+        suspects: tuple[int, ...],
+        shape: tuple[int, ...],
+        config: DetoxSection,
     ) -> None:
         self.steps = config.unlearn_steps
         self.module = net
-        self.optimizer = torch.optim.SGD(
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
             net.parameters(), lr=config.unlearn_lr, momentum=0.9, nesterov=True, weight_decay=5e-4
         )
         device = next(net.parameters()).device

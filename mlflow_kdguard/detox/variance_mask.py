@@ -81,12 +81,12 @@ class _Training:
 
     name = NAME
 
-    def __init__(
-        self, net: nn.Module, masks: Mapping[str, Mask], config: DetoxSection
-    ) -> None:
+    def __init__(self, net: nn.Module, masks: Mapping[str, Mask], config: DetoxSection) -> None:
         self.steps = config.mask_steps
-        self.module = nn.ModuleList(masks.values())
-        self.optimizer = torch.optim.Adam(self.module.parameters(), lr=config.mask_lr)
+        self.module: nn.Module = nn.ModuleList(masks.values())
+        self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
+            self.module.parameters(), lr=config.mask_lr
+        )
         self.memory: dict[str, Tensor] = {}
         self._net, self._names, self._config = net, tuple(masks), config
 
@@ -158,8 +158,8 @@ def mean_maps(
     net.to(device).eval()
     images = torch.from_numpy(data.x)
     with torch.no_grad(), Taps(net, names) as taps:
-        for part in images.split(_IMAGES):
-            net(part.to(device))
+        for start in range(0, len(images), _IMAGES):
+            net(images[start : start + _IMAGES].to(device))
             for name, maps in taps.features.items():
                 added = maps.double().sum(0)
                 sums[name] = sums[name] + added if name in sums else added
@@ -176,7 +176,7 @@ def finish(net: nn.Module, masks: Mapping[str, Mask]) -> None:
 
 def _details(training: _Training, masks: Mapping[str, Mask]) -> dict[str, object]:
     details: dict[str, object] = {
-        "mask_mean": {name: float(mask.share.mean()) for name, mask in masks.items()}
+        "mask_mean": {name: float(mask.share.detach().mean()) for name, mask in masks.items()}
     }
     if {"first", "last"} <= training.memory.keys():
         details["variance_first"] = float(training.memory["first"])
