@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 from mlflow_kdguard.errors import ModelError, NonFiniteError, UnsafeModelError
 from mlflow_kdguard.graph.layers import Shape
@@ -77,7 +78,7 @@ def _decode(data: bytes, where: str) -> onnx.ModelProto:
         raise refuse(where, "the file is empty", "Name the ONNX file that was meant.")
     broken = "Copy or export the file again: it is truncated, damaged, or not ONNX."
     try:
-        model = onnx.ModelProto.FromString(data)
+        model: onnx.ModelProto = onnx.ModelProto.FromString(data)
     except (DecodeError, RuntimeError, ValueError) as error:
         raise refuse(where, "these bytes are not an ONNX model", broken) from error
     if not model.HasField("graph") or not model.graph.node:
@@ -171,17 +172,20 @@ def _check_used(graph: onnx.GraphProto, where: str) -> None:
             raise refuse(where, f"initializer {tensor.name!r} is not used")
 
 
-def _check_inline(tensor: onnx.TensorProto, where: str) -> None:
-    if tensor.data_location != onnx.TensorProto.DEFAULT or tensor.external_data:
+def _check_inline(tensor: TensorProto, where: str) -> None:
+    if tensor.data_location != TensorProto.DEFAULT or tensor.external_data:
         raise UnsafeModelError(
             f"{where}: tensor {tensor.name!r} keeps its values in another file.",
             remedy="Store all weights inside the ONNX file (save_as_external_data=False).",
         )
 
 
-def array(tensor: onnx.TensorProto, *, where: str) -> NDArray[np.generic]:
+def array(tensor: TensorProto, *, where: str) -> NDArray[np.generic]:
     """A float32 or int64 tensor whose values are given in exactly one way, bounded and finite."""
-    kinds = {onnx.TensorProto.FLOAT: "float_data", onnx.TensorProto.INT64: "int64_data"}
+    kinds: dict[int, str] = {
+        TensorProto.FLOAT: "float_data",
+        TensorProto.INT64: "int64_data",
+    }
     if tensor.data_type not in kinds:
         raise refuse(where, f"tensor {tensor.name!r} is neither float32 nor int64")
     own = kinds[tensor.data_type]
@@ -242,7 +246,7 @@ def _output(graph: onnx.GraphProto, where: str) -> tuple[str, Shape | None]:
 def _tensor_shape(value: onnx.ValueInfoProto, where: str) -> tuple[int | None, Shape | None]:
     """Batch size (None = dynamic) and the other sides of a float32 tensor (None = undeclared)."""
     kind = value.type.tensor_type
-    if not value.type.HasField("tensor_type") or kind.elem_type != onnx.TensorProto.FLOAT:
+    if not value.type.HasField("tensor_type") or kind.elem_type != TensorProto.FLOAT:
         raise refuse(where, f"{value.name!r} is not a float32 tensor")
     if not kind.HasField("shape"):
         return None, None

@@ -38,7 +38,8 @@ def _run(graph: Graph, x: Array) -> Array:
 
 def apply(layer: Layer, *operands: Array) -> Array:
     """One layer on a batch of each of its inputs."""
-    return _RULES[type(layer)](layer, *operands)
+    result: Array = _RULES[type(layer)](layer, *operands)
+    return result
 
 
 def _affine(layer: layers.Affine, x: Array) -> Array:
@@ -86,14 +87,16 @@ def _windows(layer: layers.MaxPool | layers.AveragePool, x: Array, value: float)
 
 
 def _max_pool(layer: layers.MaxPool, x: Array) -> Array:
-    return np.max(_windows(layer, x, -np.inf), axis=0)
+    largest: Array = np.max(_windows(layer, x, -np.inf), axis=0)
+    return largest
 
 
 def _average_pool(layer: layers.AveragePool, x: Array) -> Array:
-    total = np.sum(_windows(layer, x, 0.0), axis=0)
+    total: Array = np.sum(_windows(layer, x, 0.0), axis=0)
     if layer.count_padding:
         return total / (layer.kernel[0] * layer.kernel[1])
-    return total / np.sum(_windows(layer, np.ones((1, 1, *x.shape[2:])), 0.0), axis=0)
+    count: Array = np.sum(_windows(layer, np.ones((1, 1, *x.shape[2:])), 0.0), axis=0)
+    return total / count
 
 
 _RULES: dict[type[Layer], Callable[..., Any]] = {

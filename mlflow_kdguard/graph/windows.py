@@ -34,7 +34,7 @@ def conv(walk: Walk, node: onnx.NodeProto) -> None:
     if bias.shape != weight.shape[:1]:
         raise walk.refuse(node, f"bias {bias.shape} does not fit {weight.shape[0]} channels")
     reach = tuple((side - 1) * step + 1 for side, step in zip(kernel, dilations, strict=True))
-    shape = (weight.shape[0], *_slid(walk, node, x.shape, reach, strides, pads))
+    shape = (weight.shape[0], *_slid(walk, node, x.shape, reach=reach, strides=strides, pads=pads))
     name = walk.fresh(node.output[0])
     walk.add(
         node,
@@ -45,7 +45,7 @@ def conv(walk: Walk, node: onnx.NodeProto) -> None:
 def max_pool(walk: Walk, node: onnx.NodeProto) -> None:
     """MaxPool."""
     x, kernel, strides, pads, _ = _pool(walk, node, storage_order=0)
-    shape = (x.shape[0], *_slid(walk, node, x.shape, kernel, strides, pads))
+    shape = (x.shape[0], *_slid(walk, node, x.shape, reach=kernel, strides=strides, pads=pads))
     name = walk.fresh(node.output[0])
     walk.add(node, layers.MaxPool(name, (x.layer,), shape, kernel, strides, pads))
 
@@ -53,7 +53,7 @@ def max_pool(walk: Walk, node: onnx.NodeProto) -> None:
 def average_pool(walk: Walk, node: onnx.NodeProto) -> None:
     """AveragePool."""
     x, kernel, strides, pads, options = _pool(walk, node, count_include_pad=0)
-    shape = (x.shape[0], *_slid(walk, node, x.shape, kernel, strides, pads))
+    shape = (x.shape[0], *_slid(walk, node, x.shape, reach=kernel, strides=strides, pads=pads))
     counted = bool(options["count_include_pad"])
     name = walk.fresh(node.output[0])
     walk.add(node, layers.AveragePool(name, (x.layer,), shape, kernel, strides, pads, counted))
@@ -167,6 +167,7 @@ def _slid(
     walk: Walk,
     node: onnx.NodeProto,
     shape: Shape,
+    *,
     reach: tuple[int, ...],
     strides: tuple[int, int],
     pads: tuple[int, int, int, int],

@@ -30,6 +30,8 @@ KNOWN = (
 )
 """What a name may look like, for messages and help."""
 
+_OWN = ("mlp", "cnn", "resnet8")
+_MOST_WEIGHTS = 2**28
 _WIDEST = 8192
 _DEEPEST = 64
 
@@ -63,10 +65,20 @@ def build(architecture: Architecture, *, seed: int, trust_code: bool = False) ->
     the caller did not allow.
     """
     maker = _maker(architecture, trust_code=trust_code)
+    if ":" not in architecture.arch or architecture.arch.split(":")[0] in _OWN:
+        _check_size(architecture, maker)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # Seeds the CPU generator alone: torch.manual_seed would reseed CUDA's as well.
         torch.default_generator.manual_seed(seed)
         return Classifier(architecture, maker())
+
+
+def _check_size(architecture: Architecture, maker: Callable[[], nn.Module]) -> None:
+    """Refuse a name that asks for more weights than memory holds, before any are made."""
+    with torch.device("meta"):
+        count = sum(weights.numel() for weights in maker().parameters())
+    if count > _MOST_WEIGHTS:
+        raise _unknown(architecture.arch, f"{count} weights, more than {_MOST_WEIGHTS}")
 
 
 def _maker(architecture: Architecture, *, trust_code: bool) -> Callable[[], nn.Module]:
