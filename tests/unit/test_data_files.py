@@ -157,6 +157,16 @@ def test_npz_flat_and_in_halves(tmp_path: Path, save: Callable[..., None]) -> No
     assert data.load(f"npz:{flat}").classes == 7
 
 
+def test_a_saved_set_reads_back_as_itself(tmp_path: Path) -> None:
+    bare = data.Dataset.of(X, None, uri="bare", classes=0)
+    grey = data.Dataset.of(ROWS.reshape(4, 3, 32, 32), Y, uri="grey levels", classes=9)
+    for dataset in (bare, grey, grey.take([2, 0])):
+        for path in (tmp_path / "one.npz", tmp_path / "two.npz"):
+            data.save(dataset, path)
+        assert data.load(f"npz:{path}").sha256 == dataset.sha256
+        assert path.read_bytes() == (tmp_path / "one.npz").read_bytes()
+
+
 def test_npz_without_any_label(tmp_path: Path) -> None:
     np.savez(tmp_path / "bare.npz", x=X, y=np.full(4, -1))
     bare = data.load(f"npz:{tmp_path}/bare.npz")
