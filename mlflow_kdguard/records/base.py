@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from math import isclose
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
 from mlflow_kdguard import intervals
 
@@ -40,6 +41,19 @@ class Record(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True
     )
+    derived: ClassVar[tuple[str, ...]] = ()
+    """Properties that documents print beside the fields that they follow from."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _derived_follow(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if not (cls.derived and isinstance(value, Mapping)):
+            return handler(value)
+        record = handler({key: value[key] for key in value if key not in cls.derived})
+        for key in cls.derived:
+            if key in value and not _agree(value[key], getattr(record, key)):
+                raise ValueError(f"{key}={value[key]!r} does not follow from the counts")
+        return record
 
     def document(self) -> dict[str, Any]:
         """The record as a JSON value, with the published key names."""
@@ -48,6 +62,8 @@ class Record(BaseModel):
 
 class Rate(Record):
     """k of n, read through its bounds."""
+
+    derived = ("rate",)
 
     k: Count
     n: Count
@@ -83,3 +99,10 @@ class Model(Record):
     """A model file, by its bytes."""
 
     sha256: Sha256
+
+
+def _agree(stated: Any, derived: float | None) -> bool:
+    """Whether a printed figure is the derived one, to within another machine's rounding."""
+    if derived is None or isinstance(stated, bool) or not isinstance(stated, int | float):
+        return stated is None and derived is None
+    return isclose(stated, derived, rel_tol=1e-9, abs_tol=1e-12)

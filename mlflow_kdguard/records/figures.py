@@ -36,6 +36,8 @@ class Asr(Record):
     comparator (the student of a clean teacher, or the previous certified student).
     """
 
+    derived = ("rate", "upper", "lift")
+
     trigger: Sha256
     name: str
     target: int = Field(ge=0)
@@ -68,7 +70,7 @@ class Asr(Record):
         return None if self.baseline is None else self.rate - self.baseline.rate
 
     def document(self) -> dict[str, Any]:
-        return super().document() | {"rate": self.rate, "upper": self.upper, "lift": self.lift}
+        return super().document() | {name: getattr(self, name) for name in self.derived}
 
 
 class ReferenceGap(Record):

@@ -1,6 +1,7 @@
 """Records: closed, frozen, finite, and the same after a round trip through JSON."""
 
 import json
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -14,14 +15,19 @@ from mlflow_kdguard.records import (
     Asr,
     AuditReport,
     Certificate,
+    CertifyReport,
     Decision,
+    Figures,
     Measurement,
     Paired,
     Rate,
     Record,
     RuleResult,
+    format_time,
+    parse_time,
     silent,
 )
+from mlflow_kdguard.records.gather import faithful_of, figures_of
 
 DIGEST = "ab" * 32
 MODEL = {"sha256": DIGEST}
@@ -115,6 +121,29 @@ def test_documents_survive_a_round_trip(kind: type[Record], body: dict[str, Any]
     assert again == record
     assert again.document() == record.document()
     assert json.loads(canonical_json(record.document()))["schema"] == body["schema"]
+
+
+def test_what_is_printed_is_read_back() -> None:
+    """`kdguard measure --json` is what `kdguard attest --measure` is given."""
+    measurement = Measurement.model_validate(MEASUREMENT)
+    text = json.dumps(measurement.document())
+    assert Measurement.model_validate_json(text) == measurement
+    assert Measurement.model_validate(json.loads(text)) == measurement
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rate", 0.0), ("rate", None), ("rate", "0.015"), ("upper", 0.01), ("upper", float("nan")),
+     ("lift", None), ("lift", 0.0), ("lift", True)],
+)  # fmt: skip
+def test_a_printed_figure_that_does_not_follow_is_refused(key: str, value: Any) -> None:
+    document = Asr.model_validate(ASR).document()
+    assert Asr.model_validate(document) == Asr.model_validate(ASR)
+    with pytest.raises(ValidationError, match="does not follow"):
+        Asr.model_validate(document | {key: value})
+    without = ASR | {"baseline": None}
+    with pytest.raises(ValidationError, match="does not follow"):
+        Asr.model_validate(without | {"lift": 0.0})
 
 
 def _paths(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -234,6 +263,94 @@ def test_a_decision_that_contradicts_its_rules_is_refused() -> None:
         Decision(decision="pass", rules=(bad,))
     with pytest.raises(ValidationError, match="pass"):
         Decision(decision="pass", rules=())
+
+
+CERTIFY: dict[str, Any] = {
+    "norm": "linf",
+    "eps": 0.01,
+    "delta": 0.2,
+    "classes": "all",
+    "reference": MODEL,
+    "student": MODEL,
+    "data": SOURCE,
+    "population": 1000,
+    "selection": "uniform-seeded",
+    "nonce": "n",
+    "device": "cpu",
+    "samples": [
+        {
+            "index": i,
+            "label": 0,
+            "reference_class": 0,
+            "lower": 0.0,
+            "upper": 0.1,
+            "method": "crown",
+        }
+        | {"status": status}
+        for i, status in enumerate(["PROVED", "REFUTED", "UNDECIDED", "MISCLASSIFIED", "PROVED"])
+    ],
+    "control": {"gap_mean": 0.9, "within": {"k": 0, "n": 5}},
+    "summary": {
+        "n": 5,
+        "lower_mean": 0.0,
+        "upper_mean": 0.1,
+        "upper_p95": 0.1,
+        "upper_max": 0.1,
+        "seconds_mean": 0.0,
+        "share_within": {"0.2": 0.4},
+    },
+}
+
+
+def test_only_proved_images_count_and_every_drawn_image_is_counted() -> None:
+    figure = faithful_of(CertifyReport.model_validate(CERTIFY))
+    assert (figure.within.k, figure.within.n) == (2, 5)
+    assert figure.indices == (0, 1, 2, 3, 4)
+    assert (figure.selection, figure.nonce, figure.population) == ("uniform-seeded", "n", 1000)
+
+
+def test_figures_of_nothing_are_absent_not_guessed() -> None:
+    assert figures_of() == Figures()
+
+
+def test_figures_are_those_of_the_documents() -> None:
+    measurement = Measurement.model_validate(MEASUREMENT)
+    audit = AuditReport.model_validate(
+        {
+            "model": MODEL,
+            "data": SOURCE,
+            "verdict": "suspect",
+            "target": 3,
+            "detectors": [
+                {"name": "a", "score": 1.0},
+                {"name": "b", "score": 1.0, "p_value": 0.2},
+                {"name": "c", "score": 1.0, "p_value": 0.01},
+            ],
+        }
+    )
+    figures = figures_of(
+        measurement=measurement,
+        bounds=CertifyReport.model_validate(CERTIFY),
+        audits={"student": audit},
+    )
+    assert figures.accuracy == measurement.accuracy
+    assert figures.asr == measurement.asr
+    assert figures.measured_on == measurement.data
+    assert figures.reference == measurement.reference
+    assert len(figures.faithful) == 1
+    assert set(figures.audit) == {"student"}
+    assert figures.audit["student"].p_value == 0.01
+    assert figures.audit["student"].verdict == "suspect"
+    assert figures.export is None
+
+
+def test_times_are_written_in_utc_and_read_with_their_zone() -> None:
+    moment = datetime(2026, 3, 1, 1, 30, tzinfo=timezone(timedelta(hours=2)))
+    assert format_time(moment) == "2026-02-28T23:30:00Z"
+    assert parse_time(format_time(moment)) == moment
+    for text in ("2026-03-01T00:00:00", "2026-03-01", "soon", ""):
+        with pytest.raises(ValueError, match=r"time zone|isoformat"):
+            parse_time(text)
 
 
 def test_the_silent_listener_takes_what_progress_sends() -> None:
