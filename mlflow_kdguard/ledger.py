@@ -64,7 +64,7 @@ class Ledger:
         kept = {file: sha256_file(entry.path(file)) for file in sorted(files)}
         done = {"inputs": entry.inputs, "files": kept, "record": dict(record)}
         write_json(entry.path(_DONE), done)
-        return Entry(entry.name, entry.folder, entry.inputs, done["record"])
+        return Entry(entry.name, entry.folder, entry.inputs, dict(record))
 
     def files(self, entry: Entry) -> dict[str, str]:
         """The finished stage's files with their SHA-256."""

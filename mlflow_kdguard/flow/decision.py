@@ -49,7 +49,7 @@ def _believed(
     registry: Registry, stored: Bundle, verifiers: Sequence[Verifier], now: datetime
 ) -> Checked:
     refuse_redirected(stored.files)
-    envelope = registry.certificate(stored.uri)
+    envelope = stored.certificate()
     if envelope is None:
         raise CertificateError(f"{stored.uri} carries no certificate.")
     return attest.check(

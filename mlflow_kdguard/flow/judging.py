@@ -20,7 +20,7 @@ from mlflow_kdguard.flow.making import (
     trigger_file,
 )
 from mlflow_kdguard.flow.work import Entry, Produced, Work, dump
-from mlflow_kdguard.measure import Origin
+from mlflow_kdguard.measure import Attack
 from mlflow_kdguard.measure import measure as take
 from mlflow_kdguard.records import (
     Certificate,
@@ -77,7 +77,7 @@ def measured(work: Work, made: Made, audits: Sequence[Entry], shown: Images) -> 
     }
 
     def compute(entry: Entry) -> Produced:
-        triggers: list[tuple[Trigger, int, Origin]] = [
+        triggers: list[Attack] = [
             *((Trigger.load(path), target, "supplied") for path, target, _ in supplied),
             *((Trigger.load(path), target, "recovered") for path, target in recovered),
         ]
@@ -166,7 +166,7 @@ def attested(work: Work, made: Made, taken: Figures, version: Registered, shown:
     inputs = {
         "figures": dump(taken),
         "version": dump(version),
-        "key": work.grant.signer.verifier.key,
+        "key": work.grant.signer.key_id,
         "attest": work.config.attest.model_dump(mode="json"),
     }
 

@@ -82,18 +82,19 @@ def teacher_net(work: Work, entry: Entry) -> Any:
 def audit(work: Work, name: str, model: Entry, file: str, shown: Images) -> Entry:
     """Examine a network on the clean set; recovered triggers are kept as files."""
     triggers = work.config.measure.triggers
+    digest = sha256_file(model.path(file))
     inputs = {
-        "model": sha256_file(model.path(file)),
+        "model": digest,
         "clean": shown.clean.sha256,
         "audit": work.config.audit.model_dump(mode="json"),
-        "triggers": [digest for _, _, digest in map(trigger_file, triggers)],
+        "triggers": [trigger_file(text)[2] for text in triggers],
     }
 
     def compute(entry: Entry) -> Produced:
         net = teacher_net(work, model) if file == TEACHER else from_onnx(model.path(file))
         audited = examine(
             net,
-            model_sha256=inputs["model"],
+            model_sha256=digest,
             data=shown.clean,
             config=work.config.audit,
             seed=work.config.run.seed,

@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 __all__ = ["Entry", "Grant", "Produced", "Work", "dump", "opened"]
 
 RUN_FILE, CONFIG_FILE = "run.json", "config.json"
-FOLDER = "kdguard.folder"
-"""Tag of a run: where its files are, for `--resume`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +120,7 @@ def opened(
     with _alone_in(folder):
         write_json(folder / CONFIG_FILE, config.model_dump(mode="json"))
         registry = Registry(config.registry)
-        where = {FOLDER: str(folder.resolve())}
-        with registry.run(
-            name, resume=_unfinished(folder), parent=parent, work_dir=folder, tags=where
-        ) as run:
+        with registry.run(name, resume=_unfinished(folder), parent=parent, work_dir=folder) as run:
             write_json(folder / RUN_FILE, {"run_id": run.id, "status": "RUNNING"})
             yield Work(
                 config, grant, folder, Ledger(folder), registry, run, device, progress, baseline

@@ -8,8 +8,7 @@ from mlflow_kdguard_cli import options
 from mlflow_kdguard_cli.models import opened
 
 if TYPE_CHECKING:
-    from mlflow_kdguard.measure import Origin
-    from mlflow_kdguard.triggers import Trigger
+    from mlflow_kdguard.measure import Attack
 
 MODEL = click.argument("model")
 
@@ -43,7 +42,7 @@ def measure(**flags: Any) -> None:
     from mlflow_kdguard_cli import render
 
     shown = data.load(flags["data_uri"], root=flags["data_root"], download=flags["download"])
-    triggers: list[tuple[Trigger, int, Origin]] = [
+    triggers: list[Attack] = [
         (trigger, target, "supplied")
         for trigger, target in options.trigger_list(flags["trigger_files"])
     ]

@@ -139,19 +139,18 @@ def _resumed(run_id: str, flags: dict[str, Any], overrides: list[str]) -> "Guard
     """The configuration of an interrupted run, from the folder that the run names."""
     from mlflow_kdguard.config import RegistrySection, load
     from mlflow_kdguard.errors import UsageError
-    from mlflow_kdguard.flow.work import CONFIG_FILE, FOLDER
+    from mlflow_kdguard.flow.work import CONFIG_FILE
     from mlflow_kdguard.registry import Registry
 
     section = RegistrySection(
         tracking_uri=flags["tracking_uri"], registry_uri=flags["registry_uri"]
     )
-    named = Registry(section).run_tag(run_id, FOLDER)
-    if named is None or not Path(named).is_dir():
+    folder = Registry(section).work_dir(run_id)
+    if not folder.is_dir():
         raise UsageError(
-            f"the folder of run {run_id} ({named or 'not named'}) is not on this machine.",
+            f"the folder {folder} of run {run_id} is not on this machine.",
             remedy="Resume where the run was started.",
         )
-    folder = Path(named)
     return load(
         flags["config_file"] or folder / CONFIG_FILE, [*overrides, f"run.work_dir={folder}"]
     )
@@ -240,20 +239,15 @@ def _verdict(outcome: "Outcome | None") -> _Verdict:
 
 def _serves(story: "Story", config: "GuardConfig") -> str:
     """Load the promoted student as a consumer would, and classify real images with it."""
-    import mlflow
-
     from mlflow_kdguard.data import load
+    from mlflow_kdguard.registry.consumer import predict
 
     guarded = story.row("guarded").outcome
     if guarded is None or guarded.alias is None:
         return "the guarded student was not promoted: there is nothing to serve"
     uri = f"models:/{config.registry.model_name}@{guarded.alias}"
-    if config.registry.tracking_uri is not None:
-        mlflow.set_tracking_uri(config.registry.tracking_uri)
-    test = load(config.data.test)
-    x, y = test.batch(range(100))
-    answers = next(iter(mlflow.pyfunc.load_model(uri).predict(x).values()))
-    right = int((answers.argmax(axis=1) == y).sum())
+    x, y = load(config.data.test).batch(range(100))
+    right = int((predict(config.registry, uri, x).argmax(axis=1) == y).sum())
     return f"{uri} serves: mlflow.pyfunc.load_model classifies {right} of 100 test images right"
 
 

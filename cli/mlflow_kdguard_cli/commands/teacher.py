@@ -59,10 +59,11 @@ def register(**flags: Any) -> None:
     registry = Registry(
         RegistrySection(tracking_uri=flags["tracking_uri"], registry_uri=flags["registry_uri"])
     )
-    with tempfile.TemporaryDirectory() as folder, registry.run("register teacher") as run:
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
         exported = to_onnx(
             net,
-            Path(folder) / "model.onnx",
+            place / "model.onnx",
             shape=shown.shape,
             classes=shown.classes,
             images=sample,
@@ -71,11 +72,10 @@ def register(**flags: Any) -> None:
         )
         version = registry.register_teacher(
             flags["name"],
-            (Path(folder) / "model.onnx").read_bytes(),
-            run=run,
-            **_weights(net, Path(folder)),
+            (place / "model.onnx").read_bytes(),
+            weights=_weights(net, place),
             data={"parity": Source(uri=shown.uri, sha256=shown.sha256)},
-            tags={"kdguard.source_sha256": model.sha256},
+            lineage={"kdguard.source_sha256": model.sha256},
         )
     render.say(f"{version.uri}: ONNX sha256 {exported.sha256}")
     render.document(
@@ -100,39 +100,37 @@ def import_teacher(**flags: Any) -> int:
     pickled one this prints the exact lines for its owner to run where it was trained; the pickle
     itself is never opened here (exit code 5).
     """
-    from mlflow_kdguard.errors import UnsafeModelError
+    from mlflow_kdguard.errors import UnsafeModelError, UsageError
     from mlflow_kdguard.nets import load
     from mlflow_kdguard_cli import render
 
     path = opened(flags["model"], flags).path
-    advice = load.conversion_advice(path)
-    body = {"schema": "kdguard.import/1", "model": flags["model"], "advice": advice}
+    body = {"schema": "kdguard.import/1", "model": flags["model"], "safe": True, "advice": ""}
+    arch = ""
     try:
-        load.refuse_unsafe(path)
+        load.load(path)
     except UnsafeModelError as error:
+        advice = load.conversion_advice(path)
         render.say(f"{flags['model']} cannot be imported as it is: {error.message}\n\n{advice}")
-        render.document({**body, "safe": False}, flags["as_json"])
+        render.document({**body, "safe": False, "advice": advice}, flags["as_json"])
         return error.exit_code
-    render.say(
-        f"{flags['model']} can be read without executing anything: "
-        f"kdguard teacher register NAME --weights {path} --data URI"
-    )
-    render.document({**body, "safe": True}, flags["as_json"])
+    except UsageError:  # weights alone: readable, but not without an architecture
+        arch = " --arch ARCH"
+    advice = f"kdguard teacher register NAME --weights {path}{arch} --data URI"
+    render.say(f"{flags['model']} can be read without executing anything: {advice}")
+    render.document({**body, "advice": advice}, flags["as_json"])
     return 0
 
 
-def _weights(net: Any, folder: Path) -> dict[str, bytes]:
-    """safetensors and architecture record, where the architecture is known."""
+def _weights(net: Any, folder: Path) -> Path | None:
+    """The folder with safetensors and architecture record, where the architecture is known."""
     from mlflow_kdguard.nets import load
     from mlflow_kdguard.nets.architecture import Architecture
 
     if not isinstance(getattr(net, "architecture", None), Architecture):
-        return {}
+        return None
     load.save(net, folder)
-    return {
-        "weights": (folder / "weights.safetensors").read_bytes(),
-        "architecture": (folder / "architecture.json").read_bytes(),
-    }
+    return folder
 
 
 @click.command()

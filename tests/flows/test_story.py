@@ -1,0 +1,177 @@
+"""The main job on real digits and a real MLflow store: refused, promoted, and held to floors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow_kdguard_cli.main import answer
+
+from flows.stories import run_states, student, told
+from mlflow_kdguard import data
+from mlflow_kdguard.files import sha256_file
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("story")
+
+
+@pytest.fixture(scope="module")
+def story(place: Path) -> dict[str, Any]:
+    return told(place)
+
+
+@pytest.fixture
+def uri(place: Path, story: dict[str, Any]) -> str:
+    return f"sqlite:///{place / 'mlflow.db'}"
+
+
+def test_the_naive_student_carries_the_backdoor_and_is_refused(story: dict[str, Any]) -> None:
+    naive, clean = student(story, "naive"), student(story, "clean-teacher")
+    assert naive["asr"]["rate"] >= 0.5
+    assert naive["asr"]["rate"] - clean["asr"]["rate"] >= 0.4
+    assert naive["decision"]["decision"] == "refuse"
+    assert "asr" in [rule["rule"] for rule in naive["decision"]["rules"] if not rule["ok"]]
+    assert naive["alias"] is None
+
+
+def test_the_guarded_student_does_not_and_is_promoted(story: dict[str, Any]) -> None:
+    guarded, naive = student(story, "guarded"), student(story, "naive")
+    assert guarded["asr"]["upper"] <= 0.05
+    assert guarded["accuracy"]["rate"] >= naive["accuracy"]["rate"] - 0.03
+    assert guarded["decision"]["decision"] == "pass", guarded["decision"]
+    assert guarded["alias"] == "champion"
+
+
+def test_the_champion_serves_the_bytes_that_were_certified(
+    story: dict[str, Any], place: Path, uri: str
+) -> None:
+    mlflow.set_tracking_uri(uri)
+    x, y = data.load("digits#test").batch(range(64))
+    answers = mlflow.pyfunc.load_model("models:/kdguard-digits@champion").predict(x)
+    assert np.mean(next(iter(answers.values())).argmax(1) == y) > 0.7
+    onnx = place / "work" / "guarded" / "export" / "student.onnx"
+    version = mlflow.MlflowClient(uri).get_model_version_by_alias("kdguard-digits", "champion")
+    assert version.tags["kdguard.sha256"] == sha256_file(onnx)
+    assert version.tags["kdguard.decision"] == "pass"
+
+
+def test_the_refused_version_says_why(story: dict[str, Any], uri: str) -> None:
+    client = mlflow.MlflowClient(uri)
+    version = client.get_model_version("kdguard-digits-naive", "1")
+    assert version.tags["kdguard.decision"] == "refuse"
+    assert "asr" in version.tags["kdguard.reason"]
+    assert client.get_registered_model("kdguard-digits-naive").aliases == {}
+
+
+def test_no_run_is_left_running_and_metrics_are_there(story: dict[str, Any], uri: str) -> None:
+    assert set(run_states(uri)) == {"FINISHED"}
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("kdguard-digits")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    logged = {name for run in runs for name in run.data.metrics}
+    assert {"kdguard/accuracy", "kdguard/faithful_upper_mean/reference"} <= logged
+
+
+def test_a_second_run_does_nothing_again(
+    story: dict[str, Any], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stamp = (place / "work" / "guarded" / "distill" / "done.json").stat().st_mtime_ns
+    again = told(place)
+    assert (place / "work" / "guarded" / "distill" / "done.json").stat().st_mtime_ns == stamp
+    assert student(again, "guarded")["asr"] == student(story, "guarded")["asr"]
+
+
+def _keys(place: Path) -> str:
+    return str(place / "work" / "keys" / "builder.pem.pub")
+
+
+def test_promote_and_gate_agree_with_the_pipeline(
+    story: dict[str, Any], place: Path, uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--key", _keys(place), "--pin", "digits#test", "--tracking-uri", uri, "--json"]
+    naive, guarded = student(story, "naive")["uri"], student(story, "guarded")["uri"]
+    assert answer(["promote", naive, "--alias", "champion", *common]) == 3
+    refused = json.loads(capsys.readouterr().out)
+    assert refused["decision"] == "refuse"
+    assert "asr" in [rule["rule"] for rule in refused["rules"] if not rule["ok"]]
+    assert answer(["promote", guarded, "--alias", "second", *common]) == 0
+    assert mlflow.MlflowClient(uri).get_model_version_by_alias("kdguard-digits", "second")
+    capsys.readouterr()
+
+
+def test_without_pins_nothing_passes(
+    story: dict[str, Any], place: Path, uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guarded = student(story, "guarded")["uri"]
+    argv = ["gate", guarded, "--key", _keys(place), "--tracking-uri", uri, "--json"]
+    assert answer(argv) == 3
+    failed = [r["rule"] for r in json.loads(capsys.readouterr().out)["rules"] if not r["ok"]]
+    assert "data" in failed
+    assert answer([*argv, "--allow-unpinned"]) == 0
+
+
+def test_an_unknown_key_is_a_refusal(
+    story: dict[str, Any],
+    place: Path,
+    uri: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert answer(["keygen", str(tmp_path / "k.pem"), "--owner", "somebody"]) == 0
+    guarded = student(story, "guarded")["uri"]
+    argv = [
+        "gate",
+        guarded,
+        "--key",
+        str(tmp_path / "k.pem.pub"),
+        "--pin",
+        "digits#test",
+        "--tracking-uri",
+        uri,
+        "--json",
+    ]
+    capsys.readouterr()
+    assert answer(argv) == 3
+    first = json.loads(capsys.readouterr().out)["rules"][0]
+    assert first["rule"] == "certificate"
+    assert "unknown key" in first["why"]
+
+
+def test_check_needs_neither_torch_nor_mlflow(story: dict[str, Any], place: Path) -> None:
+    guarded = place / "work" / "guarded"
+    code = (
+        "import sys\n"
+        "class No:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in {'torch', 'mlflow', 'onnxruntime'}:\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, No())\n"
+        "from mlflow_kdguard_cli.main import main; main()\n"
+    )
+    argv = [
+        sys.executable,
+        "-c",
+        code,
+        "check",
+        str(guarded / "attest" / "certificate.dsse.json"),
+        "--model",
+        str(guarded / "export" / "student.onnx"),
+        "--key",
+        _keys(place),
+    ]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    other = str(guarded / "detox" / "reference.onnx")
+    argv[argv.index("--model") + 1] = other
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 8
+    assert "another file" in done.stderr
