@@ -27,23 +27,27 @@ NAME = "margin_cap"
 
 
 class Largest(nn.Module):
-    """Maximum over chosen columns as a balanced tree of binary maxima: N×K -> N×1."""
+    """Maximum over chosen columns as a balanced tree of binary maxima: N×K -> N×copies.
 
-    def __init__(self, columns: tuple[int, ...], classes: int) -> None:
+    The last level repeats its column, since the canonical graph subtracts equal shapes only.
+    """
+
+    def __init__(self, columns: tuple[int, ...], classes: int, *, copies: int = 1) -> None:
         super().__init__()
         self.levels = 0
         chosen, width = list(columns), classes
         while len(chosen) > 1 or self.levels == 0:
             half = (len(chosen) + 1) // 2
+            repeats = copies if half == 1 else 1
             # An odd column meets itself, so that both sides have one width.
             left, right = chosen[:half], chosen[len(chosen) - half :]
-            self.register_buffer(f"left{self.levels}", selection(left, width))
-            self.register_buffer(f"right{self.levels}", selection(right, width))
+            self.register_buffer(f"left{self.levels}", selection(left * repeats, width))
+            self.register_buffer(f"right{self.levels}", selection(right * repeats, width))
             self.levels += 1
             chosen, width = list(range(half)), half
 
     def forward(self, logits: Tensor) -> Tensor:
-        """N×K -> N×1."""
+        """N×K -> N×copies."""
         for level in range(self.levels):
             left = logits @ self.get_buffer(f"left{level}")
             logits = torch.maximum(left, logits @ self.get_buffer(f"right{level}"))
@@ -70,7 +74,7 @@ class MarginCap(nn.Module):
             )
         self.teacher = teacher
         self.copy = copy
-        self.largest = Largest(rest, classes)
+        self.largest = Largest(rest, classes, copies=len(suspects))
         self.register_buffer("pick", selection(list(suspects), classes))
         self.register_buffer("place", self.pick.T.contiguous())
         keep = torch.zeros(classes)
