@@ -65,6 +65,12 @@ class Plane:
         return up(best + self.shift)
 
 
+    def corner(self, ball: Ball) -> Tensor:
+        """The point of each row's box at which the plane is highest: N×C×H×W."""
+        coef = dense(self.form, tuple(ball.centre.shape[1:])).coef
+        return torch.where(coef > 0.0, ball.hi[self.image], ball.lo[self.image])
+
+
 def backward(relaxed: Relaxed, seeds: Sequence[Seed], image: Tensor) -> Plane:
     """The sum of the seeds' functionals, bounded from above by a plane in the image.
 
@@ -112,8 +118,9 @@ def _pull(
     lines = relaxed.lines[index]
     if isinstance(op, ops.Extreme):
         side = 1.0 if op.largest else -1.0
-        bent, constant = lines.pull(form.with_coef(side * form.coef), image)
-        rest = form.with_coef(form.coef - side * bent.coef)
+        switch, constant = lines.pull(form.with_coef(side * form.coef), image)
+        bent = form.with_coef(side * switch.coef)
+        rest = form.with_coef(form.coef - bent.coef)
         return ((bent, rest) if op.largest else (rest, bent)), constant
     bent, constant = lines.pull(form, image)
     return (bent,), constant

@@ -26,6 +26,13 @@ class Lines:
     lower_shift: Tensor | None
     """None where it is zero everywhere."""
 
+    def rows(self, image: Tensor) -> "Lines":
+        """The lines of the images at `image` (int64 N), one a row: N×shape."""
+        shift = None if self.lower_shift is None else self.lower_shift[image]
+        return Lines(
+            self.upper_slope[image], self.upper_shift[image], self.lower_slope[image], shift
+        )
+
     def pull(self, form: Form, image: Tensor) -> tuple[Form, Tensor]:
         """A functional of f(z), maximised: functional of z, and the constant (N)."""
         v = form.coef
