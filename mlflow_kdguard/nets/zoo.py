@@ -31,6 +31,8 @@ KNOWN = (
 """What a name may look like, for messages and help."""
 
 _OWN = ("mlp", "cnn", "resnet8")
+FAMILIES = tuple(f"{family}:" for family in (*_OWN, "torchvision"))
+"""How names with a colon begin that do not stand for the caller's own code."""
 _MOST_WEIGHTS = 2**28
 _WIDEST = 8192
 _DEEPEST = 64
