@@ -7,8 +7,10 @@ so that a project can demand more than the server does, and never less.
 
 import unicodedata
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files as package_files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -99,14 +101,10 @@ def load(path: Path | None = None) -> Policy:
     The file holds the block itself or, like `plugin.yaml`, has it under `policy:`. Raises
     UsageError for an unreadable file, ConfigError naming the file and every wrong key.
     """
-    packaged = _block(
-        package_files("mlflow_kdguard").joinpath("plugin.yaml").read_bytes(), "plugin.yaml"
-    )
     if path is None:
-        return parse(packaged, where="plugin.yaml")
-    return parse(
-        merged(packaged, _block(read_bytes(path, what="the policy"), str(path))), where=str(path)
-    )
+        return parse(_packaged(), where="plugin.yaml")
+    stated = _block(read_bytes(path, what="the policy"), str(path))
+    return parse(merged(_packaged(), stated), where=str(path))
 
 
 def parse(values: Mapping[str, Any], *, where: str) -> Policy:
@@ -137,6 +135,12 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
         both = isinstance(ours, Mapping) and isinstance(value, Mapping)
         result[key] = merged(ours, value) if both else value  # type: ignore[arg-type]
     return result
+
+
+@cache
+def _packaged() -> Mapping[str, Any]:
+    file = package_files("mlflow_kdguard").joinpath("plugin.yaml")
+    return MappingProxyType(_block(file.read_bytes(), "plugin.yaml"))
 
 
 def _block(data: bytes, where: str) -> dict[str, Any]:
