@@ -103,12 +103,6 @@ class Registry:
             )
         return Path(found)
 
-    def run_tag(self, run_id: str, key: str) -> str | None:
-        """A tag of a run; None where the run has no such tag."""
-        with self._connection.answering(f"find the run {run_id}"):
-            value = self._connection.client.get_run(run_id).data.tags.get(key)
-        return None if value is None else str(value)
-
     # ── models ──────────────────────────────────────────────────────────────────────────────────
 
     def register_student(

@@ -18,7 +18,7 @@ from mlflow_kdguard import __version__
 from mlflow_kdguard.errors import Interrupted, RegistryError
 from mlflow_kdguard.files import sha256, sha256_file
 from mlflow_kdguard.records import Source
-from mlflow_kdguard.registry.client import Connection
+from mlflow_kdguard.registry.client import Connection, refuse_unreachable
 from mlflow_kdguard.registry.metrics import metrics_of
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,10 @@ class Run:
                 nested.end("KILLED")
                 closed.append(nested.id)
         return closed
+
+    def refuse_unreachable(self) -> None:
+        """RegistryError at once where the tracking server is gone."""
+        refuse_unreachable(self._connection.tracking_uri)
 
     def end(self, status: str) -> None:
         """Set the run FINISHED, FAILED or KILLED."""
@@ -186,8 +190,9 @@ def ended(run: Run) -> Iterator[Run]:
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt | Interrupted | GeneratorExit)
         try:
-            run.set_tags({ERROR: _described(error)})
+            run.refuse_unreachable()  # rather than wait for retries again, level by level
             run.end("KILLED" if interrupted else "FAILED")
+            run.set_tags({ERROR: _described(error)})
         except RegistryError as failure:  # what went wrong first is what the caller must see
             log.warning("%s", failure)
         raise

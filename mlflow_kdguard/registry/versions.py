@@ -184,7 +184,9 @@ class Versions:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            version = client.create_model_version(name, source, run_id=run.id, tags=dict(tags))
+            version = client.create_model_version(
+                name, source, run_id=run.id, tags=dict(tags), await_creation_for=0
+            )
             return str(version.version)
 
     def _fetch(self, source: str, limit: int) -> dict[str, bytes]:
