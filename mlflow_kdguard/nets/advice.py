@@ -18,9 +18,10 @@ Run this where the model was made (with its own code installed, and only if you 
 
     # or: the whole network as ONNX, which needs no architecture
     x = torch.zeros(2, C, H, W)  # the shape of your images; forward takes pixels in [0, 1]
-    torch.onnx.export(net, (x,), {onnx!r}, dynamo=False, opset_version=18,
+    torch.onnx.export(net, (x,), {onnx!r}, opset_version=17,
                       input_names=["x"], output_names=["logits"],
-                      dynamic_axes={{"x": {{0: "N"}}, "logits": {{0: "N"}}}})
+                      dynamic_axes={{"x": {{0: "N"}}, "logits": {{0: "N"}}}},
+                      dynamo=False)  # before torch 2.5: leave dynamo out
 
 Then register the result:
 

@@ -58,17 +58,24 @@ def from_torch(data: bytes, *, where: str) -> Tensors:
             warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")
             document = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        calls = ", ".join(globals_of(data)[:3])
-        raise UnsafeModelError(
-            f"{where} holds more than weights; loading it would run code"
-            f"{f' ({calls})' if calls else ''}.",
-            remedy=advice.remedy(where),
-        ) from error
+        raise _refused(data, where) from error
     except Exception as error:  # torch.load raises whatever its parsers meet in broken bytes
         raise ModelError(
             f"{where} is not a readable torch checkpoint ({_line(error)}).", remedy=_DAMAGED
         ) from error
     return checked(_weights(document, where), where=where)
+
+
+def _refused(data: bytes, where: str) -> ModelError:
+    """What to say of a pickle that is more than tensors, or of bytes that are no pickle at all."""
+    calls = ", ".join(globals_of(data)[:3])
+    if not calls and not data.startswith((b"PK", b"\x80")):
+        return ModelError(f"{where} is not a readable torch checkpoint.", remedy=_DAMAGED)
+    return UnsafeModelError(
+        f"{where} holds more than weights; loading it would run code"
+        f"{f' ({calls})' if calls else ''}.",
+        remedy=advice.remedy(where),
+    )
 
 
 def _check_archive(data: bytes, where: str) -> None:
@@ -154,11 +161,14 @@ def checked(tensors: Mapping[str, Tensor], *, where: str) -> Tensors:
                 f"{where}: {name!r} holds NaN or infinity.",
                 remedy="Use a checkpoint taken before training diverged.",
             )
-    found = dict(tensors)
+    return _unprefixed(dict(tensors))
+
+
+def _unprefixed(tensors: Tensors) -> Tensors:
     for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in found):
-            found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
-    return found
+        if all(name.startswith(prefix) for name in tensors):
+            return _unprefixed({name.removeprefix(prefix): tensors[name] for name in tensors})
+    return tensors
 
 
 def _line(error: Exception) -> str:

@@ -34,6 +34,12 @@ class _Output:
     kind: type[nn.Module]
     source: "_Output | None"
 
+    @property
+    def pooled(self) -> bool:
+        """Whether this is a summary of another map: pooled, or the activation of a pooled one."""
+        before = self.source if issubclass(self.kind, _ACTIVATIONS) else None
+        return "Pool" in self.kind.__name__ or (before is not None and before.pooled)
+
     def is_now(self, tensor: Tensor) -> bool:
         """Whether `tensor` is this output and nothing changed it in place since."""
         return tensor is self.tensor and tensor._version == self.version
@@ -122,7 +128,7 @@ def _last_maps(trace: _Trace) -> list[_Output]:
     started = False
     for out in trace.outputs:
         started = started or issubclass(out.kind, _ConvNd | nn.Linear)
-        if started and out.tensor.dim() == 4 and "Pool" not in out.kind.__name__:
+        if started and out.tensor.dim() == 4 and not out.pooled:
             last[tuple(out.tensor.shape[2:])] = out
     chosen = (_before_activation(out, trace) for out in last.values())
     return sorted(chosen, key=trace.outputs.index)
