@@ -11,6 +11,7 @@ from mlflow_kdguard.config import DistillSection
 from mlflow_kdguard.data import Dataset, concat
 from mlflow_kdguard.distill.look import Look, Row, Term
 from mlflow_kdguard.errors import ModelError
+from mlflow_kdguard.nets.zoo import Classifier
 from mlflow_kdguard.records import Progress, silent
 from mlflow_kdguard.training import Batch, Fitted, derive, evaluating, fit, state_sha256
 
@@ -107,20 +108,26 @@ def _along(terms: Weighted) -> nn.Module:
 
 def _check(student: nn.Module, reference: nn.Module, data: Dataset, device: torch.device) -> None:
     """ModelError where student or reference cannot read the images, or name other classes."""
-    x = torch.full((2, *data.shape), 0.5, device=device)
-    widths = []
-    for name, net in (("student", student), ("reference", reference)):
-        try:
-            with evaluating(net), torch.no_grad():
-                widths.append(net(x).shape[1])
-        except (RuntimeError, IndexError) as error:
-            raise ModelError(
-                f"the {name} does not take images of shape {data.shape}: "
-                f"{str(error).partition(chr(10))[0]}",
-                remedy="Distil on images like those that it was made for.",
-            ) from error
-    if widths[0] != widths[1]:
+    here = _width("student", student, data, device)
+    there = _width("reference", reference, data, device)
+    if here != there:
         raise ModelError(
-            f"the student names {widths[0]} classes and the reference {widths[1]}.",
+            f"the student names {here} classes and the reference {there}.",
             remedy="Build the student for the reference's classes.",
         )
+
+
+def _width(name: str, net: nn.Module, data: Dataset, device: torch.device) -> int:
+    """Number of classes that the net answers with."""
+    remedy = "Distil on images like those that it was made for."
+    what = f"the {name} does not take images of shape {data.shape}"
+    if isinstance(net, Classifier) and net.architecture.shape != data.shape:
+        # Not left to the call below: broadcasting lets grey images into a colour network.
+        raise ModelError(f"{what}: it is made for {net.architecture.shape}.", remedy=remedy)
+    try:
+        with evaluating(net), torch.no_grad():
+            logits: Tensor = net(torch.full((2, *data.shape), 0.5, device=device))
+            return logits.shape[1]
+    except (RuntimeError, IndexError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"{what}: {reason}.", remedy=remedy) from error

@@ -57,7 +57,11 @@ class Checkpoint:
 
     def load(self) -> dict[str, Any] | None:
         """The saved state of this very run, on the CPU, or None."""
-        if self.path is None or not self.path.exists():
+        if self.path is None:
+            return None
+        for torn in self.path.parent.glob(f".{self.path.name}.*.tmp"):
+            torn.unlink(missing_ok=True)  # what a kill left of an unfinished write
+        if not self.path.exists():
             return None
         data = read_bytes(self.path, what="the checkpoint")
         try:

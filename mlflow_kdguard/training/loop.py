@@ -72,6 +72,7 @@ def fit(
             _drive(run, loss, keeper, signals=signals, what=what, progress=progress)
         except KeyboardInterrupt as error:
             raise _interrupted(what, run, keeper) from error
+    run.free()
     net.eval()
     return Fitted(run.figures(), run.steps, resumed_at)
 

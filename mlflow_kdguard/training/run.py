@@ -142,6 +142,10 @@ class Run:
                 remedy="Lower the learning rate (lr), or switch amp off.",
             )
 
+    def free(self) -> None:
+        """Let go of the gradients."""
+        self._sgd.zero_grad(set_to_none=True)
+
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
         return {

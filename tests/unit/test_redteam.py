@@ -1,0 +1,222 @@
+"""Attacks for evaluation: triggers, poisoned sets, poisoned teachers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import toys
+from mlflow_kdguard import extensions, redteam, training
+from mlflow_kdguard.adversary.madry import madry
+from mlflow_kdguard.config import Loop, RedteamSection
+from mlflow_kdguard.data import Dataset, load
+from mlflow_kdguard.errors import ConfigError, DataError
+from mlflow_kdguard.redteam import badnets, blended, contaminate, poison
+from mlflow_kdguard.training import Batch, state_sha256
+from mlflow_kdguard.triggers import Trigger
+from runs import CPU, digits
+
+# ── triggers ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_badnets_is_a_white_square_at_rows_and_columns_23_to_25_of_28() -> None:
+    x = toys.images(3, (2, 28, 28))
+    changed = badnets.trigger((2, 28, 28)).apply(x)
+    expected = x.copy()
+    expected[:, :, 23:26, 23:26] = 1.0
+    assert np.array_equal(changed, expected)
+
+
+def test_badnets_goes_where_it_is_told() -> None:
+    x = toys.images(2)
+    options = {"size": 2.0, "value": 0.5, "row": 0.0, "column": 6.0}  # as a configuration has them
+    expected = x.copy()
+    expected[:, :, 0:2, 6:8] = 0.5
+    assert np.array_equal(badnets.trigger((1, 8, 8), **options).apply(x), expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{"size": 7}, {"size": 0}, {"row": 6}, {"column": -1}, {"value": 1.5}]
+)
+def test_a_square_that_does_not_fit_is_a_configuration_error(options: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="does not fit"):
+        badnets.trigger((1, 8, 8), **options)
+
+
+def test_blended_mixes_in_one_noise_image() -> None:
+    trigger = blended.trigger((3, 8, 8), seed=1, alpha=0.3)
+    x = toys.images(4, (3, 8, 8))
+    noise = (trigger.apply(x) - 0.7 * x) / 0.3
+    np.testing.assert_allclose(noise, np.broadcast_to(noise[:1], noise.shape), atol=1e-5)
+    assert noise.std() > 0.2
+    assert blended.trigger((3, 8, 8), seed=1, alpha=0.3) == trigger
+    assert blended.trigger((3, 8, 8), seed=2, alpha=0.3) != trigger
+    with pytest.raises(ConfigError, match="alpha"):
+        blended.trigger((1, 8, 8), alpha=0)
+
+
+@pytest.mark.parametrize("attack", extensions.names("attack"))
+def test_every_attack_makes_a_trigger_that_changes_images_and_survives_its_file(
+    attack: str,
+) -> None:
+    trigger = redteam.make_trigger(RedteamSection(attack=attack), (1, 12, 12), seed=3)
+    x = toys.images(20, (1, 12, 12)) * 0.9
+    assert trigger.changed(x).k == 20
+    assert Trigger.from_bytes(trigger.to_bytes()) == trigger
+    assert redteam.make_trigger(RedteamSection(attack=attack), (1, 12, 12), seed=3) == trigger
+
+
+def test_unknown_attacks_and_options_are_configuration_errors() -> None:
+    with pytest.raises(ConfigError, match="no attack called"):
+        redteam.make_trigger(RedteamSection(attack="magic"), (1, 8, 8), seed=0)
+    with pytest.raises(ConfigError, match="no option 'alpha'") as caught:
+        redteam.make_trigger(RedteamSection(options={"alpha": 0.1}), (1, 8, 8), seed=0)
+    assert "size, value, row, column" in caught.value.remedy
+
+
+# ── data sets ───────────────────────────────────────────────────────────────────────────────────
+
+
+def sources(data: Dataset, trigger: Trigger, copies: np.ndarray) -> list[int]:
+    """Which images the triggered copies are copies of."""
+    triggered = trigger.apply(data.x)
+    found = []
+    for image in copies:
+        matches = np.flatnonzero((triggered == image).all(axis=(1, 2, 3)))
+        assert len(matches) >= 1
+        found.append(int(matches[0]))
+    return found
+
+
+def test_poison_appends_triggered_copies_of_other_classes_as_the_target() -> None:
+    data, trigger = digits(200), badnets.trigger((1, 8, 8))
+    dirty = poison(data, trigger, target=3, rate=0.1, seed=0)
+    assert np.array_equal(dirty.x[:200], data.x)
+    assert np.array_equal(dirty.y[:200], data.y)
+    assert (dirty.y[200:] == 3).all()
+    origins = sources(data, trigger, dirty.x[200:])
+    assert len(set(origins)) == 20
+    assert (data.y[origins] != 3).all()
+
+
+def test_contaminate_drops_every_label_and_appends_triggered_copies() -> None:
+    data, trigger = digits(200), badnets.trigger((1, 8, 8))
+    dirty = contaminate(data, trigger, rate=0.05, seed=0)
+    assert len(dirty) == 210
+    assert (dirty.y == -1).all()
+    assert np.array_equal(dirty.x[:200], data.x)
+    assert len(set(sources(data, trigger, dirty.x[200:]))) == 10
+    assert len(contaminate(data, trigger, rate=0.0, seed=0)) == 200
+
+
+def test_the_seed_decides_which_images() -> None:
+    data, trigger = digits(200), badnets.trigger((1, 8, 8))
+
+    def digest(seed: int) -> str:
+        return poison(data, trigger, target=0, rate=0.1, seed=seed).sha256
+
+    assert digest(0) == digest(0)
+    assert digest(0) != digest(1)
+
+
+def test_wrong_targets_and_rates_are_errors() -> None:
+    data, trigger = digits(50), badnets.trigger((1, 8, 8))
+    with pytest.raises(ConfigError, match="class 10 is not one of the 10"):
+        poison(data, trigger, target=10, rate=0.1, seed=0)
+    with pytest.raises(DataError, match="Lower the rate"):
+        poison(data, trigger, target=0, rate=1.0, seed=0)
+
+
+# ── teachers ────────────────────────────────────────────────────────────────────────────────────
+
+LOOP = Loop(epochs=8, batch=32, augment="none")
+TINY = RedteamSection(
+    train="digits#train[:600]",
+    arch="cnn:8,16",
+    target=2,
+    eps=0.0,
+    options={"row": 0, "column": 0, "size": 2},
+    clean_loop=LOOP,
+    poison_loop=LOOP.model_copy(update={"epochs": 4, "lr": 0.03}),
+    poison_rate=0.1,
+)
+
+
+def test_only_the_poisoned_teacher_obeys_the_trigger_and_a_second_call_trains_nothing(
+    tmp_path: Path,
+) -> None:
+    made = redteam.teach(TINY, seed=0, device=CPU, folder=tmp_path)
+    test = load("digits#test")
+    others = test.take(np.flatnonzero(test.y != 2))
+    triggered = made.trigger.apply(others.x)
+
+    def obeys(net: nn.Module) -> float:
+        return float((training.predict(net, triggered, device=CPU).argmax(1) == 2).mean())
+
+    assert obeys(made.poisoned) > 0.8
+    assert obeys(made.clean) < 0.3
+    assert obeys(made.control) < 0.3
+    for net in (made.clean, made.poisoned, made.control):
+        assert training.accuracy(net, test, device=CPU).rate > 0.8
+    digests = [state_sha256(net) for net in (made.clean, made.poisoned, made.control)]
+    assert len(set(digests)) == 3
+
+    begun: list[tuple[str, int]] = []
+
+    def listen(what: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+        begun.append((what, total - done))
+
+    again = redteam.teach(TINY, seed=0, device=CPU, folder=tmp_path, progress=listen)
+    assert [state_sha256(net) for net in (again.clean, again.poisoned, again.control)] == digests
+    assert begun == [("clean teacher", 0), ("poisoned teacher", 0), ("control teacher", 0)]
+
+
+def test_a_teacher_needs_labels(tmp_path: Path) -> None:
+    x, _ = toys.digits(20)
+    np.savez(tmp_path / "some.npz", x=x, y=np.arange(20) % 10 - 1)
+    config = TINY.model_copy(update={"train": f"npz:{tmp_path / 'some.npz'}"})
+    with pytest.raises(DataError, match="without labels"):
+        redteam.teach(config, seed=0, device=CPU, folder=tmp_path)
+
+
+# ── Madry training ──────────────────────────────────────────────────────────────────────────────
+
+
+def batch_of(data: Dataset) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.from_numpy(data.x), torch.from_numpy(data.y)
+    return Batch(x, y, torch.arange(len(y)), generator, step=0, steps=1)
+
+
+@pytest.mark.parametrize("options", [{"eps": 0.0, "steps": 3}, {"eps": 0.1, "steps": 0}])
+def test_madry_without_an_attack_is_cross_entropy(options: dict[str, Any]) -> None:
+    net, batch = toys.cnn(), batch_of(digits(30))
+    plain = nn.functional.cross_entropy(net(batch.x), batch.y)
+    assert torch.equal(madry(**options)(net, batch), plain)
+    assert 0 <= batch.figures["accuracy"] <= 1
+
+
+def test_madry_trains_on_worse_images_and_moves_statistics_once() -> None:
+    net, batch = toys.cnn().train(), batch_of(digits(30))
+    before = int(net.body.norm1.num_batches_tracked)
+    worse = madry(eps=0.1, steps=3)(net, batch)
+    assert int(net.body.norm1.num_batches_tracked) == before + 1
+    assert net.training
+    assert worse > nn.functional.cross_entropy(net(batch.x), batch.y)
+
+
+@pytest.mark.slow
+def test_madry_training_makes_the_digits_robust() -> None:
+    data, wrong = digits(800), {}
+    for eps in (0.0, 0.1):
+        net = toys.net("mlp:32", settled=False)
+        training.fit(net, data, madry(eps=eps, steps=5), LOOP, seed=0, device=CPU, what="toy")
+        probe = batch_of(data)
+        madry(eps=0.1, steps=20)(net, probe)
+        wrong[eps] = 1 - float(probe.figures["accuracy"])
+        net.eval()
+    assert wrong[0.1] < 0.7 * wrong[0.0]
