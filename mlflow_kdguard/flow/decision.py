@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from datetime import datetime
 
-from mlflow_kdguard import attest, gate
+from mlflow_kdguard import attest, bundle, gate
 from mlflow_kdguard.attest import Checked
 from mlflow_kdguard.attest.signing import Verifier
 from mlflow_kdguard.errors import CertificateError, ModelError
 from mlflow_kdguard.policy import Policy
 from mlflow_kdguard.records import Decision, RuleResult
-from mlflow_kdguard.registry import Bundle, Registry, refuse_redirected
+from mlflow_kdguard.registry import Bundle, Registry
 
 
 def judge(
@@ -48,7 +48,7 @@ def judge(
 def _believed(
     registry: Registry, stored: Bundle, verifiers: Sequence[Verifier], now: datetime
 ) -> Checked:
-    refuse_redirected(stored.files)
+    bundle.check(stored.files)
     envelope = stored.certificate()
     if envelope is None:
         raise CertificateError(f"{stored.uri} carries no certificate.")

@@ -17,13 +17,13 @@ from mlflow_kdguard.errors import RegistryError
 from mlflow_kdguard.files import read_bytes, sha256, write_bytes
 from mlflow_kdguard.records import Decision, Source
 from mlflow_kdguard.registry import bundle
-from mlflow_kdguard.registry.bundle import ARCHITECTURE, WEIGHTS, Bundle, refuse_redirected
+from mlflow_kdguard.registry.bundle import ARCHITECTURE, WEIGHTS, Bundle
 from mlflow_kdguard.registry.client import Connection
 from mlflow_kdguard.registry.metrics import RULES, metrics_of
 from mlflow_kdguard.registry.runs import STAGE, WORK, WORK_DIR, Run, create, ended, search
 from mlflow_kdguard.registry.versions import Registered, Versions
 
-__all__ = ["RULES", "Bundle", "Registered", "Registry", "Run", "metrics_of", "refuse_redirected"]
+__all__ = ["RULES", "Bundle", "Registered", "Registry", "Run", "metrics_of"]
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
 """What a model version holds: files as bytes. Nothing in this file executes any of them.
 
-A guarded student's bundle is exactly `BUNDLE`, and its MLmodel is the one that `student_files`
-makes of the same ONNX bytes: no time, no run and no random number is in it, so that anybody can
-make it again and compare (`docs/threat-model.md`, 11).
+A guarded student's bundle is what `mlflow_kdguard.bundle` allows, and follows from the ONNX bytes
+and the installed versions alone: no time, no run and no random number is in it, so that anybody
+can make it again and compare (`docs/threat-model.md`, 11).
 """
 
 import importlib.metadata
@@ -16,11 +16,11 @@ from typing import Any
 import mlflow
 import numpy as np
 import onnx
-import yaml
 from mlflow.models import Model as MLmodel
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
+from mlflow_kdguard.bundle import ALLOWED, MODEL
 from mlflow_kdguard.errors import ModelError, RegistryError, UnsafeModelError
 from mlflow_kdguard.files import digest_json, sha256, write_bytes
 
@@ -29,11 +29,9 @@ with warnings.catch_warnings():
     import mlflow.onnx
     import mlflow.pyfunc
 
-MODEL = "model.onnx"
 CERTIFICATE = "kdguard.certificate"
 """Tag of a version that holds its signed certificate."""
 WEIGHTS, ARCHITECTURE = "weights.safetensors", "architecture.json"
-BUNDLE = frozenset({MODEL, "MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt"})
 ADDED_BY_CLIENT = "registered_model_meta"
 """MLflow's client writes this into a folder that it downloads; it is never part of a version."""
 LARGEST = 2 << 30
@@ -42,7 +40,6 @@ MOST_FILES = 1000
 
 _LOADABLE = (".safetensors", ".onnx", ".pt")  # in the order in which a teacher is read
 _NO_TIME = "1970-01-01 00:00:00"
-_FREE = frozenset({"mlflow_version", "onnx_version", "python_version", "model_size_bytes"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +104,7 @@ def bundle_digest(files: Mapping[str, bytes]) -> str:
 
 
 def student_files(data: bytes) -> dict[str, bytes]:
-    """The bundle of an exported network: `BUNDLE`, with `model.onnx` byte for byte as given.
+    """The bundle of an exported network, with `model.onnx` byte for byte as given.
 
     No input example is stored: it would add files that nothing checks, and show somebody's data.
     Raises ModelError where `data` is not an ONNX classifier of N×C×H×W images.
@@ -128,30 +125,9 @@ def student_files(data: bytes) -> dict[str, bytes]:
         )
         (place / MODEL).write_bytes(data)  # MLflow serialises it anew, which may change its bytes
         files = read_folder(place)
-    if set(files) != BUNDLE:
+    if set(files) != ALLOWED:
         raise RegistryError(f"MLflow {mlflow.__version__} made another bundle: {sorted(files)}.")
     return files
-
-
-def refuse_redirected(files: Mapping[str, bytes]) -> None:
-    """Refuse a student's bundle that could serve anything but its `model.onnx`.
-
-    UnsafeModelError names the file that is extra, missing, or other than `student_files` makes it;
-    the requirement files and MLflow's version may be those of another installation.
-    """
-    if set(files) != BUNDLE:
-        odd = sorted(set(files) ^ BUNDLE)
-        raise UnsafeModelError(
-            f"the bundle holds or lacks {', '.join(odd)}.",
-            remedy="A student's bundle is model.onnx, MLmodel and its requirement files only.",
-        )
-    expected, found = _loading(student_files(files[MODEL])["MLmodel"]), _loading(files["MLmodel"])
-    for key in sorted(set(expected) | set(found)):
-        if expected.get(key) != found.get(key):
-            raise UnsafeModelError(
-                f"MLmodel is not the one made for this model.onnx: {key} differs.",
-                remedy="Register the student again.",
-            )
 
 
 def write(files: Mapping[str, bytes], folder: Path) -> None:
@@ -236,16 +212,3 @@ def _runtime() -> str:
             continue
         return name
     raise RegistryError("onnxruntime is not installed.", remedy="Install mlflow-kdguard[all].")
-
-
-def _loading(mlmodel: bytes) -> dict[str, Any]:
-    """MLmodel without what may differ between installations."""
-    try:
-        body = yaml.safe_load(mlmodel)
-        flat = {key: value for key, value in body.items() if key not in _FREE}
-        for flavor, entries in body["flavors"].items():
-            flat |= {f"flavors.{flavor}.{k}": v for k, v in entries.items() if k not in _FREE}
-        del flat["flavors"]
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise UnsafeModelError("MLmodel is not one that MLflow writes.") from error
-    return flat

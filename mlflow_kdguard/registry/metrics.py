@@ -28,11 +28,13 @@ class Row:
 
 RULES: tuple[Row, ...] = (
     Row("accuracy", "/paired", "kdguard/accuracy_drop"),
-    Row("asr", "/asr/*/upper", "kdguard/asr_upper/<trigger>/<target>"),
-    Row("asr", "/asr/*/lift", "kdguard/asr_lift/<trigger>/<target>"),
-    Row("reference", "/reference/gap_mean", "kdguard/reference_gap_mean"),
+    Row("asr", "/asr/*", "kdguard/asr_upper/<trigger>/<target>"),
+    Row("asr.lift", "/asr/*/baseline", "kdguard/asr_lift/<trigger>/<target>"),
+    Row("reference.gap", "/reference/gap_mean", "kdguard/reference_gap_mean"),
+    Row("reference.distinct", "/reference/student_gap_max", "kdguard/reference_student_gap_max"),
     Row("faithful", "/faithful/*/within", "kdguard/faithful_share_within/reference"),
-    Row("audit", "/audit/*/p_value", "kdguard/audit_p_value/<model>"),
+    Row("audit.teacher", "/audit/teacher/p_value", "kdguard/audit_p_value/teacher"),
+    Row("audit.student", "/audit/student/p_value", "kdguard/audit_p_value/student"),
     Row("export", "/export/softmax_max", "kdguard/export_parity"),
 )
 
@@ -50,10 +52,13 @@ def metric_name(*parts: str) -> str:
 def metrics_of(document: Mapping[str, Any], *, about: str = "teacher") -> dict[str, float]:
     """The metrics of one stage's JSON document, by its `schema`; none where it has no figures.
 
+    What an export says about parity has no schema of its own; it is known by that key.
+
     `about` (student or teacher) names the model of an audit. Absent figures are left out; a
     figure that is not finite is a RegistryError, and so are two figures of one name.
     """
-    reader = _READERS.get(str(document.get("schema", "")))
+    schema = "kdguard.export" if "parity" in document else str(document.get("schema", ""))
+    reader = _READERS.get(schema)
     if reader is None:
         return {}
     figures: dict[str, float] = {}
@@ -123,16 +128,25 @@ def _audit(document: Mapping[str, Any], about: str) -> Pairs:
     ]
     for detector in document["detectors"]:
         layers = detector.get("details", {}).get("layers", {})
-        if detector["name"] == "variance" and isinstance(layers, Mapping):
+        if detector["name"] == "variance":
             pairs += _variances(layers)
     return pairs + _asr(document.get("asr", ()))
 
 
 def _variances(layers: Mapping[str, Any]) -> Pairs:
+    """Reading A under the plain name, the other readings beside it (`feature_variance_b`)."""
     return [
-        (metric_name("feature_variance", layer), value)
-        for layer, value in layers.items()
-        if isinstance(value, int | float)
+        (metric_name("feature_variance" + ("" if key == "A" else f"_{key.lower()}"), layer), value)
+        for layer, readings in layers.items()
+        for key, value in readings.items()
+    ]
+
+
+def _export(document: Mapping[str, Any], _about: str) -> Pairs:
+    parity = document["parity"]
+    return [
+        (metric_name("export_parity"), parity["softmax_max"]),
+        (metric_name("export_argmax_equal"), _rate(parity["argmax"])),
     ]
 
 
@@ -144,4 +158,5 @@ _READERS: dict[str, Callable[[Mapping[str, Any], str], Pairs]] = {
     "kdguard.measure/1": _measure,
     "kdguard.certify/1": _certify,
     "kdguard.audit/1": _audit,
+    "kdguard.export": _export,
 }

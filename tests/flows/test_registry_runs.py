@@ -135,7 +135,15 @@ def test_documents_become_metrics(server: MlflowServer, registry: Registry) -> N
         "schema": "kdguard.measure/1",
         "accuracy": {"k": 9, "n": 10},
         "asr": [
-            {"name": "a@b=c[0]", "trigger": "f" * 64, "target": 3, "k": 1, "n": 4, "upper": 0.6, "lift": None}
+            {
+                "name": "a@b=c[0]",
+                "trigger": "f" * 64,
+                "target": 3,
+                "k": 1,
+                "n": 4,
+                "upper": 0.6,
+                "lift": None,
+            }
         ],
     }
     with registry.run("p") as parent, parent.stage("measure") as stage:
@@ -164,7 +172,7 @@ def test_long_parameters_are_kept_whole(
 
 def test_tags_that_would_be_cut_are_refused(mlflow_server: MlflowServer) -> None:
     registry = Registry(section(mlflow_server))
-    with registry.run("p") as run, pytest.raises(RegistryError, match="kdguard.big"):
+    with registry.run("p") as run, pytest.raises(RegistryError, match=r"kdguard\.big"):
         run.set_tags({"kdguard.big": "x" * 5001})
 
 
@@ -189,7 +197,9 @@ def test_files_are_stored_with_their_digests(
     out.mkdir()
     assert Path(eyes.download_artifacts(run.id, "mask.npz", str(out))).read_bytes() == b"mask"
     assert Path(eyes.download_artifacts(run.id, "sub/a.json", str(out))).read_bytes() == b"{}"
-    assert Path(eyes.download_artifacts(run.id, "notes/hello.txt", str(out))).read_bytes() == b"hello"
+    assert (
+        Path(eyes.download_artifacts(run.id, "notes/hello.txt", str(out))).read_bytes() == b"hello"
+    )
 
 
 def test_data_is_an_input_of_the_run(server: MlflowServer, registry: Registry) -> None:
@@ -221,6 +231,7 @@ def killed(server: MlflowServer, experiment: str, folder: Path) -> list[str]:
     """Run a pipeline in a process that dies inside its second stage; parent's and stage's id."""
     done = subprocess.run(
         [sys.executable, "-c", KILLED, server.uri, experiment, str(folder)],
+        check=False,
         capture_output=True,
         text=True,
         timeout=120,

@@ -1,6 +1,5 @@
 """Model versions on a real MLflow server: bytes in, the same bytes out, nothing executed."""
 
-import os
 import uuid
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ from mlflow.tracking import MlflowClient
 
 import toys
 from flows.servers import MlflowServer
+from mlflow_kdguard import bundle
 from mlflow_kdguard.config import RegistrySection
 from mlflow_kdguard.errors import ModelError, RegistryError, UnsafeModelError, UsageError
 from mlflow_kdguard.files import sha256
 from mlflow_kdguard.records import Decision, RuleResult, Source
-from mlflow_kdguard.registry import Registry, Run, bundle
+from mlflow_kdguard.registry import Registry, Run
+from mlflow_kdguard.registry.bundle import student_files, write
 
 pytestmark = pytest.mark.filterwarnings(
     # said by mlflow.pyfunc about its own types when it is first imported
@@ -47,9 +48,7 @@ def client(server: MlflowServer) -> MlflowClient:
     return MlflowClient(server.uri, server.uri)
 
 
-def stored_as(
-    server: MlflowServer, name: str, folder: Path, *, source: str | None = None
-) -> str:
+def stored_as(server: MlflowServer, name: str, folder: Path, *, source: str | None = None) -> str:
     """What a stranger does with plain MLflow: a folder as a new version of `name`."""
     eyes = client(server)
     found = eyes.get_experiment_by_name("stranger")
@@ -70,7 +69,7 @@ def test_a_student_is_stored_byte_for_byte_promoted_and_served(server: MlflowSer
     assert done.uri == f"models:/{name}/1"
     assert done.run_id == run.id
     assert done.registry == registry.identity == server.uri
-    assert set(done.files) == bundle.BUNDLE
+    assert set(done.files) == bundle.ALLOWED
     assert done.files["model.onnx"] == sha256(blob)
     found = registry.download(done.uri)
     assert found.onnx == blob
@@ -78,7 +77,7 @@ def test_a_student_is_stored_byte_for_byte_promoted_and_served(server: MlflowSer
     assert (found.name, found.version, found.run_id) == (name, "1", run.id)
     assert found.tags["kdguard.sha256"] == sha256(blob)
     assert found.tags["kdguard.teacher"] == "t"
-    bundle.refuse_redirected(found.files)
+    bundle.check(found.files)
     assert client(server).get_registered_model(name).aliases == {}
     assert registry.alias(name, "champion") is None
 
@@ -127,9 +126,7 @@ def test_bytes_that_change_in_the_store_are_seen(mlflow_server: MlflowServer) ->
             registry.register_student(name, blob, run=run)
 
 
-def test_a_teacher_keeps_its_parts_and_its_lineage(
-    server: MlflowServer, tmp_path: Path
-) -> None:
+def test_a_teacher_keeps_its_parts_and_its_lineage(server: MlflowServer, tmp_path: Path) -> None:
     registry, name, blob = opened(server), new_name(), toys.onnx_tiny()
     (tmp_path / "weights.safetensors").write_bytes(b"weights")
     (tmp_path / "architecture.json").write_bytes(b'{"arch": "mlp:5"}')
@@ -180,8 +177,8 @@ def test_nothing_of_a_strangers_model_is_executed(
     assert registry.fetch(uri, tmp_path / "out").name == "model.onnx"
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.onnx"]
     assert not marker.exists()
-    with pytest.raises(UnsafeModelError, match="kdguard_payload"):
-        bundle.refuse_redirected(found.files)
+    with pytest.raises(UnsafeModelError, match="code/kdguard_payload"):
+        bundle.check(found.files)
     # The trap is real: MLflow's own loader walks into it.
     monkeypatch.syspath_prepend(str(tmp_path))
     mlflow.set_tracking_uri(mlflow_server.uri)
@@ -194,14 +191,14 @@ def test_what_the_client_adds_is_left_out_and_what_is_stored_stays(
     mlflow_server: MlflowServer, tmp_path: Path
 ) -> None:
     place = tmp_path / "model"
-    bundle.write(bundle.student_files(toys.onnx_tiny()), place)
+    write(student_files(toys.onnx_tiny()), place)
     (place / "registered_model_meta").write_text("model_name: x\n")
     registry = opened(mlflow_server)
-    assert set(registry.download(str(place)).files) == bundle.BUNDLE
+    assert set(registry.download(str(place)).files) == bundle.ALLOWED
     stored = registry.download(stored_as(mlflow_server, new_name(), place)).files
     assert "registered_model_meta" in stored
     with pytest.raises(UnsafeModelError, match="registered_model_meta"):
-        bundle.refuse_redirected(stored)
+        bundle.check(stored)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +290,10 @@ def test_a_certificate_lies_beside_the_model_never_inside(
     assert after.certificate() == envelope
     assert after.files == before.files
     path = f"certificates/{after.name}-1.dsse.json"
-    assert Path(client(server).download_artifacts(run.id, path, str(tmp_path))).read_bytes() == envelope
+    assert (
+        Path(client(server).download_artifacts(run.id, path, str(tmp_path))).read_bytes()
+        == envelope
+    )
     with pytest.raises(RegistryError, match="100001 characters"):
         registry.store_certificate(uri, b"x" * 100_001)
     with pytest.raises(RegistryError, match="not text"):
@@ -337,7 +337,7 @@ def test_sqlite_without_a_server_keeps_artifacts_beside_the_database(
     assert {p.name for p in (tmp_path / "demo").iterdir()} >= {"mlflow.db", "mlartifacts"}
     registry.promote(done.uri, "champion")
     mlflow.set_tracking_uri(section.tracking_uri or "")
-    assert mlflow.pyfunc.load_model("models:/s@champion").predict(
-        toys.images(2, (1, 2, 2))
-    )["logits"].shape == (2, 3)
-    assert os.listdir(tmp_path / "elsewhere") == []
+    assert mlflow.pyfunc.load_model("models:/s@champion").predict(toys.images(2, (1, 2, 2)))[
+        "logits"
+    ].shape == (2, 3)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
