@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mlflow_kdguard.certify import ops
 from mlflow_kdguard.certify.ball import Ball
-from mlflow_kdguard.certify.forms import Form, add, dense
+from mlflow_kdguard.certify.forms import Form, add, clean, dense, inner
 from mlflow_kdguard.certify.joint import Index, Joint
 from mlflow_kdguard.certify.lines import Lines
 from mlflow_kdguard.certify.rounding import TINY, gamma, up
@@ -23,7 +23,7 @@ from mlflow_kdguard.certify.rounding import TINY, gamma, up
 Seed = tuple[Index, Form]
 """A functional of one operation's value."""
 
-CHUNK_BYTES = 96 << 20
+CHUNK_BYTES = 8 << 20
 """Bytes that the widest layer may take for all rows of one pass."""
 
 
@@ -56,11 +56,11 @@ class Plane:
     def highest(self, ball: Ball) -> Tensor:
         """Upper bound of the plane on each row's ball: N."""
         form, image = self.form, self.image
-        top = form.coef.clamp(min=0.0) * form.read(ball.hi, image)
-        top = top + form.coef.clamp(max=0.0) * form.read(ball.lo, image)
-        best = top.flatten(1).sum(1)
+        best = inner(form.coef.clamp(min=0.0), form.read(ball.hi, image))
+        best = best + inner(form.coef.clamp(max=0.0), form.read(ball.lo, image))
         if ball.norm == "l2":
-            length = torch.linalg.vector_norm(form.coef.flatten(1), dim=1)
+            known = clean(form, tuple(ball.centre.shape[1:])).coef
+            length = torch.linalg.vector_norm(known.flatten(1), dim=1)
             best = torch.minimum(best, form.dot(ball.centre, image) + ball.eps * length)
         return up(best + self.shift)
 
@@ -118,6 +118,7 @@ def _pull(
     lines = relaxed.lines[index]
     if isinstance(op, ops.Extreme):
         side = 1.0 if op.largest else -1.0
+        form = clean(form, op.shape)
         switch, constant = lines.pull(form.with_coef(side * form.coef), image)
         bent = form.with_coef(side * switch.coef)
         rest = form.with_coef(form.coef - bent.coef)

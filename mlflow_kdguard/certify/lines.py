@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlflow_kdguard.certify.forms import Form
+from mlflow_kdguard.certify.forms import Form, inner
 from mlflow_kdguard.certify.ops import Box
 from mlflow_kdguard.certify.rounding import TINY, UNIT
 
@@ -37,12 +37,12 @@ class Lines:
         """A functional of f(z), maximised: functional of z, and the constant (N)."""
         v = form.coef
         positive = v.clamp(min=0.0)
-        shift = (positive * form.read(self.upper_shift, image)).flatten(1).sum(1)
+        shift = inner(positive, form.read(self.upper_shift, image))
         if self.lower_shift is not None:
             negative = v.clamp(max=0.0)
-            shift = shift + (negative * form.read(self.lower_shift, image)).flatten(1).sum(1)
+            shift = shift + inner(negative, form.read(self.lower_shift, image))
         above, below = form.read(self.upper_slope, image), form.read(self.lower_slope, image)
-        return form.with_coef(v * torch.where(v > 0.0, above, below)), shift
+        return Form(v * torch.where(v > 0.0, above, below), form.places), shift
 
 
 def around(switch: Box, low: float, high: float) -> Lines:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mlflow_kdguard.certify.forms import Form, Shape, dense, inside
+from mlflow_kdguard.certify.forms import Form, Shape, clean, dense, settle
 from mlflow_kdguard.certify.rounding import gamma
 
 
@@ -126,14 +126,15 @@ class Conv(Linear):
         return F.conv2d(x, weight, bias, self.strides, pads, self.dilations, self.groups)
 
     def pull(self, form: Form) -> tuple[Form, ...]:
-        coef = self._transpose(form.coef)
+        coef = self._transpose(clean(form, self.shape).coef)
         top, left = self.pads[:2]
-        if form.top is None or form.left is None:
+        if form.places is None:
             height, width = self.source[1:]
             bottom, right = height + top - coef.shape[2], width + left - coef.shape[3]
             return (Form(F.pad(coef, (-left, right, -top, bottom))),)
-        rows, columns = form.top * self.strides[0] - top, form.left * self.strides[1] - left
-        return (inside(Form(coef, rows, columns), self.source),)
+        rows = form.places.top * self.strides[0] - top
+        columns = form.places.left * self.strides[1] - left
+        return (settle(Form(coef, form.places.moved(rows, columns), True), self.source),)
 
     def _transpose(self, coef: Tensor) -> Tensor:
         """The adjoint without padding, as one matrix product and a fold."""
@@ -175,7 +176,7 @@ class Scale(Linear):
 
     def pull(self, form: Form) -> tuple[Form, ...]:
         image = torch.zeros(len(form.coef), dtype=torch.int64, device=form.coef.device)
-        return (form.with_coef(form.coef * form.read(self.factor, image)),)
+        return (Form(form.coef * form.read(self.factor, image), form.places),)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -107,7 +107,7 @@ def _bound_side(known: Relaxed, op: ops.Op, switch: Box, rows: Tensor, side: flo
 
     def seeds(part: slice) -> list[Seed]:
         signs = torch.full((len(index[part]),), side, dtype=torch.float64, device=index.device)
-        first = one_hot(shape, index[part], signs)
+        first = one_hot(shape, image[part], index[part], signs)
         pairs = zip(op.inputs, (first, first.with_coef(-first.coef)), strict=False)
         return list(pairs)
 
