@@ -282,3 +282,17 @@ def test_a_project_can_demand_more_and_never_less() -> None:
     assert narrow(floor, {}, where="project") == floor
     with pytest.raises(ConfigError, match=r"project: asr\.limit: unknown key"):
         narrow(floor, {"asr": {"limit": 1}}, where="project")
+
+
+def test_the_reference_names_every_key_and_every_rule() -> None:
+    from mlflow_kdguard.gate import RULES
+
+    text = (Path(__file__).parents[2] / "docs/reference/policy.md").read_text("utf-8")
+    for rule in RULES:
+        assert f"`{rule.name}`" in text
+    for name, block in load().model_dump(mode="json").items():
+        for key in block if name != "faithful" else ():
+            assert f"`{name}.{key}`" in text, f"{name}.{key}"
+    for option in load().model_dump(mode="json")["faithful"]["any_of"]:
+        for key in option:
+            assert f"`{key}`" in text, key
