@@ -206,7 +206,7 @@ NEARLY = st.one_of(
 # ── The laws ────────────────────────────────────────────────────────────────────────────────────
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(CERTIFICATES, POLICIES, GRANTS)
 def test_the_gate_answers_every_certificate(
     made: Certificate, policy: Policy, grants: dict[str, Any]
@@ -217,7 +217,7 @@ def test_the_gate_answers_every_certificate(
     json.dumps(decision.document(), allow_nan=False)
 
 
-@settings(max_examples=250)
+@settings(max_examples=120)
 @given(NEARLY, POLICIES, POLICIES, GRANTS)
 def test_tightening_never_lets_pass_what_either_refuses(
     made: Certificate, floor: Policy, other: Policy, grants: dict[str, Any]
@@ -349,7 +349,7 @@ LIFTING = parse(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.data(), st.sampled_from([c.packaged(), LIFTING]))
 def test_better_figures_never_turn_a_pass_into_a_refusal(data: Any, policy: Policy) -> None:
     """Rule by rule; read backwards, worse figures never turn a refusal into a pass."""
@@ -408,7 +408,7 @@ def test_the_envelope_itself_holds() -> None:
     assert not _refused(ENVELOPE)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.integers(0, len(ENVELOPE) - 1), st.integers(1, 255))
 def test_no_byte_of_the_envelope_can_be_altered(position: int, flip: int) -> None:
     altered = bytearray(ENVELOPE)
@@ -439,7 +439,7 @@ def test_no_byte_of_a_file_can_be_altered(name: str, data: Any, flip: int) -> No
     assert _refused(ENVELOPE, c.FILES | {name: bytes(altered)})
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(CERTIFICATES)
 def test_what_is_issued_can_be_checked_and_reads_back(made: Certificate) -> None:
     """issue() and check() agree on what a certificate is; nothing else escapes either."""
