@@ -20,6 +20,8 @@ from mlflow_kdguard.files import sha256
 from mlflow_kdguard.records import Source
 from mlflow_kdguard.registry import Registry, Run
 
+pytestmark = pytest.mark.slow  # two servers have to start
+
 
 @pytest.fixture(
     params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)], scope="session"

@@ -21,10 +21,11 @@ from mlflow_kdguard.records import Decision, RuleResult, Source
 from mlflow_kdguard.registry import Registry, Run
 from mlflow_kdguard.registry.bundle import student_files, write
 
-pytestmark = pytest.mark.filterwarnings(
+pytestmark = [
+    pytest.mark.slow,  # two servers have to start
     # said by mlflow.pyfunc about its own types when it is first imported
-    "ignore:.*Any type hint is inferred as AnyType:UserWarning"
-)
+    pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType:UserWarning"),
+]
 
 
 @pytest.fixture(
