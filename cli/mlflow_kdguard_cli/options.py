@@ -58,10 +58,7 @@ arch = click.option(
     "cnn:16,32,64, resnet8, wrn-16-1, torchvision:resnet18, …",
 )
 policy = click.option(
-    "--policy",
-    "policy_file",
-    type=click.Path(path_type=Path),
-    help="The operator's policy; default: the packaged one.",
+    "--policy", "policy_file", help="The operator's policy; default: the packaged one."
 )
 
 
@@ -93,6 +90,13 @@ def gate_options(command: Command) -> Command:
     return policy(pin(panel(unpinned(command))))
 
 
+def chosen_policy(file: str | None) -> Any:
+    """The policy in `file`, or the packaged one."""
+    from mlflow_kdguard import policy as policies
+
+    return policies.load(Path(file) if file else None)
+
+
 def trigger_list(files: tuple[str, ...]) -> list[tuple[Any, int]]:
     """Parse FILE[:CLASS] into loaded triggers and target classes."""
     from mlflow_kdguard.triggers import Trigger
@@ -109,7 +113,9 @@ def pinned(values: tuple[str, ...], root: Path | None = None) -> tuple[str, ...]
     """Digests for --pin: a SHA-256 as it is, a data URI through its content digest."""
     from mlflow_kdguard.data import load
 
-    return tuple(value if _is_digest(value) else load(value, root=root).sha256 for value in values)
+    return tuple(
+        value if _is_digest(value) else load(value, root=root).sha256 for value in values if value
+    )
 
 
 def panel_digests(values: tuple[str, ...]) -> tuple[str, ...]:
@@ -117,7 +123,9 @@ def panel_digests(values: tuple[str, ...]) -> tuple[str, ...]:
     from mlflow_kdguard.triggers import Trigger
 
     return tuple(
-        value if _is_digest(value) else Trigger.load(Path(value)).sha256 for value in values
+        value if _is_digest(value) else Trigger.load(Path(value)).sha256
+        for value in values
+        if value
     )
 
 

@@ -5,19 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
-from mlflow_kdguard import data, detox, distill, export, graph
+from mlflow_kdguard import data, detox, export
 from mlflow_kdguard.audit import examine
-from mlflow_kdguard.config import DistillSection
 from mlflow_kdguard.data import Dataset
 from mlflow_kdguard.errors import DataError, UsageError
 from mlflow_kdguard.files import read_bytes, sha256_file, write_json
+from mlflow_kdguard.flow.student import from_onnx, train_student
 from mlflow_kdguard.flow.work import Entry, Produced, Work, dump
-from mlflow_kdguard.nets import convert, load, zoo
+from mlflow_kdguard.nets import load
 from mlflow_kdguard.nets.architecture import Architecture
-from mlflow_kdguard.records import AuditReport, Exported, Progress, silent
+from mlflow_kdguard.records import AuditReport, Exported
 from mlflow_kdguard.triggers import Trigger
 
 REFERENCE, COPY, STUDENT, TEACHER = "reference.onnx", "copy.onnx", "student.onnx", "teacher.onnx"
@@ -183,7 +181,8 @@ def distilled(
     return train_student(
         work.config.distill,
         from_onnx(towards),
-        shown,
+        shown.transfer,
+        shown.clean,
         folder=entry.folder,
         seed=work.config.run.seed,
         device=work.device,
@@ -191,38 +190,6 @@ def distilled(
         features_from=None if features is None else from_onnx(features),
         trust_code=work.grant.trust_code,
     )
-
-
-def train_student(
-    section: DistillSection,
-    towards: nn.Module,
-    shown: Images,
-    *,
-    folder: Path,
-    seed: int,
-    device: torch.device,
-    progress: Progress = silent,
-    features_from: nn.Module | None = None,
-    trust_code: bool = False,
-) -> dict[str, float]:
-    """Distil a new student, resuming from its checkpoint; weights and architecture in `folder`."""
-    net = zoo.build(student_architecture(section.arch, shown), seed=seed, trust_code=trust_code)
-    checkpoint = folder / "checkpoint.pt"
-    fitted = distill.train(
-        net,
-        towards,
-        shown.transfer,
-        shown.clean,
-        config=section,
-        seed=seed,
-        device=device,
-        checkpoint=checkpoint,
-        progress=progress,
-        features_from=features_from,
-    )
-    load.save(net, folder)
-    checkpoint.unlink(missing_ok=True)
-    return dict(fitted.figures)
 
 
 def exported(work: Work, trained: Entry, shown: Images) -> Entry:
@@ -241,21 +208,6 @@ def exported(work: Work, trained: Entry, shown: Images) -> Entry:
         return Produced([STUDENT], {"export": record.document()})
 
     return work.stage("export", inputs, compute)
-
-
-def from_onnx(path: Path) -> Any:
-    """The torch network that computes exactly the graph in `path`."""
-    return convert.to_torch(graph.read(read_bytes(path, what="the model"), where=str(path)))
-
-
-def student_architecture(arch: str, shown: Images) -> Architecture:
-    """The student's architecture, normalised with the clean set's mean and deviation."""
-    pixels = shown.clean.x
-    mean = tuple(round(float(m), 4) for m in pixels.mean(axis=(0, 2, 3)))
-    std = tuple(round(max(float(s), 0.01), 4) for s in pixels.std(axis=(0, 2, 3)))
-    return Architecture(
-        arch=arch, shape=shown.clean.shape, classes=shown.clean.classes, mean=mean, std=std
-    )
 
 
 def trigger_file(text: str) -> tuple[Path, int, str]:

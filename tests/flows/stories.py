@@ -13,23 +13,15 @@ ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "examples" / "digits.yaml"
 
 
-def command(folder: Path, *more: str, uri: str | None = None) -> list[str]:
-    """The command line of the digits story in `folder`."""
-    code = "from mlflow_kdguard_cli.main import main; main()"
-    database = uri or f"sqlite:///{folder / 'mlflow.db'}"
+START = [sys.executable, "-c", "from mlflow_kdguard_cli.main import main; main()"]
+
+
+def command(folder: Path) -> list[str]:
+    """The command line of the digits story in `folder`, which must then hold `mlflow.db`."""
+    database = f"sqlite:///{folder / 'mlflow.db'}"
     return [
-        sys.executable,
-        "-c",
-        code,
-        "run",
-        "-c",
-        str(DIGITS),
-        "--out",
-        str(folder / "work"),
-        "--tracking-uri",
-        database,
-        "--json",
-        *more,
+        *(*START, "run", "-c", str(DIGITS), "--out", str(folder / "work")),
+        *("--tracking-uri", database, "--json"),
     ]
 
 
@@ -38,18 +30,10 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
-def told(folder: Path, *more: str, uri: str | None = None) -> dict[str, Any]:
-    """Run the story to its end; its document."""
-    folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        command(folder, *more, uri=uri),
-        capture_output=True,
-        text=True,
-        env=environment(),
-        cwd=folder,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def told(argv: list[str], *, expect: int) -> dict[str, Any]:
+    """Run a story to its end with that exit code; its document."""
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == expect, done.stderr[-3000:]
     document: dict[str, Any] = json.loads(done.stdout)
     return document
 

@@ -1,4 +1,4 @@
-"""The main job on real digits and a real MLflow store: refused, promoted, and held to floors."""
+"""`kdguard demo`, as it is: refused, promoted, and held to floors, on a real MLflow store."""
 
 import json
 import subprocess
@@ -9,13 +9,15 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
-from mlflow_kdguard_cli.main import answer
 
-from flows.stories import run_states, student, told
+from flows.stories import START, run_states, student, told
 from mlflow_kdguard import data
 from mlflow_kdguard.files import sha256_file
+from mlflow_kdguard_cli.main import answer
 
 pytestmark = pytest.mark.slow
+
+DEMO = [*START, "demo", "--json", "--out"]
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +27,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def story(place: Path) -> dict[str, Any]:
-    return told(place)
+    return told([*DEMO, str(place / "work")], expect=0)
 
 
 @pytest.fixture
 def uri(place: Path, story: dict[str, Any]) -> str:
-    return f"sqlite:///{place / 'mlflow.db'}"
+    return f"sqlite:///{place / 'work' / 'mlflow.db'}"
 
 
 def test_the_naive_student_carries_the_backdoor_and_is_refused(story: dict[str, Any]) -> None:
@@ -54,38 +56,36 @@ def test_the_champion_serves_the_bytes_that_were_certified(
     story: dict[str, Any], place: Path, uri: str
 ) -> None:
     mlflow.set_tracking_uri(uri)
-    x, y = data.load("digits#test").batch(range(64))
-    answers = mlflow.pyfunc.load_model("models:/kdguard-digits@champion").predict(x)
+    x, y = data.load("mnist5k#test").batch(range(64))
+    answers = mlflow.pyfunc.load_model("models:/kdguard-demo@champion").predict(x)
     assert np.mean(next(iter(answers.values())).argmax(1) == y) > 0.7
     onnx = place / "work" / "guarded" / "export" / "student.onnx"
-    version = mlflow.MlflowClient(uri).get_model_version_by_alias("kdguard-digits", "champion")
+    version = mlflow.MlflowClient(uri).get_model_version_by_alias("kdguard-demo", "champion")
     assert version.tags["kdguard.sha256"] == sha256_file(onnx)
     assert version.tags["kdguard.decision"] == "pass"
 
 
 def test_the_refused_version_says_why(story: dict[str, Any], uri: str) -> None:
     client = mlflow.MlflowClient(uri)
-    version = client.get_model_version("kdguard-digits-naive", "1")
+    version = client.get_model_version("kdguard-demo-naive", "1")
     assert version.tags["kdguard.decision"] == "refuse"
     assert "asr" in version.tags["kdguard.reason"]
-    assert client.get_registered_model("kdguard-digits-naive").aliases == {}
+    assert client.get_registered_model("kdguard-demo-naive").aliases == {}
 
 
 def test_no_run_is_left_running_and_metrics_are_there(story: dict[str, Any], uri: str) -> None:
     assert set(run_states(uri)) == {"FINISHED"}
     client = mlflow.MlflowClient(uri)
-    experiment = client.get_experiment_by_name("kdguard-digits")
+    experiment = client.get_experiment_by_name("kdguard-demo")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id], max_results=1000)
     logged = {name for run in runs for name in run.data.metrics}
     assert {"kdguard/accuracy", "kdguard/faithful_upper_mean/reference"} <= logged
 
 
-def test_a_second_run_does_nothing_again(
-    story: dict[str, Any], place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_second_run_does_nothing_again(story: dict[str, Any], place: Path) -> None:
     stamp = (place / "work" / "guarded" / "distill" / "done.json").stat().st_mtime_ns
-    again = told(place)
+    again = told([*DEMO, str(place / "work")], expect=0)
     assert (place / "work" / "guarded" / "distill" / "done.json").stat().st_mtime_ns == stamp
     assert student(again, "guarded")["asr"] == student(story, "guarded")["asr"]
 
@@ -97,14 +97,14 @@ def _keys(place: Path) -> str:
 def test_promote_and_gate_agree_with_the_pipeline(
     story: dict[str, Any], place: Path, uri: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = ["--key", _keys(place), "--pin", "digits#test", "--tracking-uri", uri, "--json"]
+    common = ["--key", _keys(place), "--pin", "mnist5k#test", "--tracking-uri", uri, "--json"]
     naive, guarded = student(story, "naive")["uri"], student(story, "guarded")["uri"]
     assert answer(["promote", naive, "--alias", "champion", *common]) == 3
     refused = json.loads(capsys.readouterr().out)
     assert refused["decision"] == "refuse"
     assert "asr" in [rule["rule"] for rule in refused["rules"] if not rule["ok"]]
     assert answer(["promote", guarded, "--alias", "second", *common]) == 0
-    assert mlflow.MlflowClient(uri).get_model_version_by_alias("kdguard-digits", "second")
+    assert mlflow.MlflowClient(uri).get_model_version_by_alias("kdguard-demo", "second")
     capsys.readouterr()
 
 
@@ -134,7 +134,7 @@ def test_an_unknown_key_is_a_refusal(
         "--key",
         str(tmp_path / "k.pem.pub"),
         "--pin",
-        "digits#test",
+        "mnist5k#test",
         "--tracking-uri",
         uri,
         "--json",

@@ -39,7 +39,7 @@ def distill(**flags: Any) -> None:
     """
     from mlflow_kdguard import data, devices
     from mlflow_kdguard.config import load
-    from mlflow_kdguard.flow import making
+    from mlflow_kdguard.flow.student import from_onnx, train_student
     from mlflow_kdguard_cli import render
 
     named = [f"distill.arch={flags['arch']}"] if flags["arch"] else []
@@ -48,12 +48,12 @@ def distill(**flags: Any) -> None:
         data.load(flags[key], root=flags["data_root"], download=flags["download"])
         for key in ("transfer", "clean")
     )
-    shown = making.Images(transfer if flags["labelled"] else transfer.unlabelled(), clean, clean)
     with render.progress() as progress:
-        figures = making.train_student(
+        figures = train_student(
             config.distill,
-            making.from_onnx(opened(flags["reference"], flags).path),
-            shown,
+            from_onnx(opened(flags["reference"], flags).path),
+            transfer if flags["labelled"] else transfer.unlabelled(),
+            clean,
             folder=flags["out"],
             seed=flags["seed"],
             device=devices.pick(flags["device"]),

@@ -72,14 +72,13 @@ def promote(**flags: Any) -> int:
 
 
 def _decide(flags: dict[str, Any]) -> "Decision":
-    from mlflow_kdguard import policy
     from mlflow_kdguard.attest.signing import Verifier
     from mlflow_kdguard.flow.decision import judge
 
     return judge(
         _registry(flags),
         flags["model"],
-        policy=policy.load(flags["policy_file"]),
+        policy=options.chosen_policy(flags["policy_file"]),
         verifiers=tuple(Verifier.load(key) for key in flags["keys"]),
         now=datetime.now(UTC),
         pins=options.pinned(flags["pins"], flags["data_root"]),

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 @click.option("--resume", metavar="RUN_ID", help="Go on with an interrupted MLflow run.")
 @click.option(
     "--key",
-    type=click.Path(path_type=Path),
     envvar="KDGUARD_KEY",
     help="Signing key (kdguard keygen); default: one is made in the output folder.",
 )
@@ -157,12 +156,11 @@ def _resumed(run_id: str, flags: dict[str, Any], overrides: list[str]) -> "Guard
 
 
 def _grant(flags: dict[str, Any], config: "GuardConfig") -> "Grant":
-    from mlflow_kdguard import policy
     from mlflow_kdguard.pipeline import Grant
 
     return Grant(
-        policy=policy.load(flags.get("policy_file")),
-        signer=_signer(flags.get("key"), Path(config.run.work_dir)),
+        policy=options.chosen_policy(flags.get("policy_file")),
+        signer=_signer(flags.get("key") or None, Path(config.run.work_dir)),
         pins=options.pinned(flags.get("pins", ())),
         panel=options.panel_digests(flags.get("panel", ())),
         allow_unpinned=bool(flags.get("allow_unpinned")),
@@ -171,16 +169,15 @@ def _grant(flags: dict[str, Any], config: "GuardConfig") -> "Grant":
     )
 
 
-def _signer(key: Path | None, folder: Path) -> Any:
+def _signer(named: str | None, folder: Path) -> Any:
     """The caller's key, or one made for this folder, which says so."""
     from mlflow_kdguard.attest import signing
     from mlflow_kdguard_cli import render
 
-    if key is None:
-        key = folder / "keys" / "builder.pem"
-        if not key.exists():
-            signing.keygen(key, owner="builder", role="builder")
-            render.say(f"no --key was given: made {key}, which only this folder's checks know")
+    key = folder / "keys" / "builder.pem" if named is None else Path(named)
+    if named is None and not key.exists():
+        signing.keygen(key, owner="builder", role="builder")
+        render.say(f"no --key was given: made {key}, which only this folder's checks know")
     return signing.Signer.load(key)
 
 

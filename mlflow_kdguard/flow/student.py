@@ -1,0 +1,60 @@
+"""A student from start to weights on disk, and networks that compute an exported graph."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mlflow_kdguard import distill, graph
+from mlflow_kdguard.config import DistillSection
+from mlflow_kdguard.data import Dataset
+from mlflow_kdguard.files import read_bytes
+from mlflow_kdguard.nets import convert, load, zoo
+from mlflow_kdguard.nets.architecture import Architecture
+from mlflow_kdguard.records import Progress, silent
+
+
+def train_student(
+    section: DistillSection,
+    towards: nn.Module,
+    transfer: Dataset,
+    clean: Dataset,
+    *,
+    folder: Path,
+    seed: int,
+    device: torch.device,
+    progress: Progress = silent,
+    features_from: nn.Module | None = None,
+    trust_code: bool = False,
+) -> dict[str, float]:
+    """Distil a new student, resuming from its checkpoint; weights and architecture in `folder`."""
+    net = zoo.build(architecture_for(section.arch, clean), seed=seed, trust_code=trust_code)
+    checkpoint = folder / "checkpoint.pt"
+    fitted = distill.train(
+        net,
+        towards,
+        transfer,
+        clean,
+        config=section,
+        seed=seed,
+        device=device,
+        checkpoint=checkpoint,
+        progress=progress,
+        features_from=features_from,
+    )
+    load.save(net, folder)
+    checkpoint.unlink(missing_ok=True)
+    return dict(fitted.figures)
+
+
+def from_onnx(path: Path) -> nn.Module:
+    """The torch network that computes exactly the graph in `path`."""
+    return convert.to_torch(graph.read(read_bytes(path, what="the model"), where=str(path)))
+
+
+def architecture_for(arch: str, clean: Dataset) -> Architecture:
+    """The student's architecture, normalised with the clean set's mean and deviation."""
+    pixels = clean.x
+    mean = tuple(round(float(m), 4) for m in pixels.mean(axis=(0, 2, 3)))
+    std = tuple(round(max(float(s), 0.01), 4) for s in pixels.std(axis=(0, 2, 3)))
+    return Architecture(arch=arch, shape=clean.shape, classes=clean.classes, mean=mean, std=std)
