@@ -8,7 +8,7 @@ from mlflow_kdguard.attest import Checked
 from mlflow_kdguard.attest.signing import Verifier
 from mlflow_kdguard.errors import CertificateError, ModelError
 from mlflow_kdguard.policy import Policy
-from mlflow_kdguard.records import Decision, RuleResult
+from mlflow_kdguard.records import Decision
 from mlflow_kdguard.registry import Bundle, Registry
 
 
@@ -33,7 +33,7 @@ def judge(
     try:
         checked = _believed(registry, stored, verifiers, now)
     except (CertificateError, ModelError) as error:
-        return _uncertified(policy, now, str(error))
+        return gate.decide(None, policy, signers=(), now=now, problem=str(error))
     return gate.decide(
         checked.certificate,
         policy,
@@ -60,9 +60,3 @@ def _believed(
         model_name=stored.name,
         registry=registry.identity,
     )
-
-
-def _uncertified(policy: Policy, now: datetime, why: str) -> Decision:
-    first, *rest = gate.decide(None, policy, signers=(), now=now).rules
-    reason = RuleResult(rule=first.rule, limit=None, figure=None, ok=False, why=why)
-    return Decision(decision="refuse", rules=(reason, *rest))

@@ -75,14 +75,14 @@ def check(
     \b
     kdguard check certificate.dsse.json --model model.onnx --key builder.pem.pub
     """
-    from mlflow_kdguard import attest
+    from mlflow_kdguard import attest, bundle
     from mlflow_kdguard.attest.signing import Verifier
     from mlflow_kdguard.files import read_bytes
     from mlflow_kdguard_cli import render
 
     checked = attest.check(
         read_bytes(certificate, what="the certificate"),
-        files=_folder(model) if model.is_dir() else None,
+        files=bundle.read(model) if model.is_dir() else None,
         verifiers=[Verifier.load(key) for key in keys],
         now=datetime.now(UTC),
         model_name=name,
@@ -150,12 +150,14 @@ def attest(**flags: Any) -> None:
 
 def _certificate(flags: dict[str, Any]) -> "Certificate":
     from mlflow_kdguard import attest as attesting
-    from mlflow_kdguard import records
+    from mlflow_kdguard import bundle, records
     from mlflow_kdguard.files import digest_json, read_bytes, sha256_file
 
     model: Path = flags["model"]
     files = (
-        _folder(model) if model.is_dir() else {"model.onnx": read_bytes(model, what="the model")}
+        bundle.read(model)
+        if model.is_dir()
+        else {"model.onnx": read_bytes(model, what="the model")}
     )
     figures = _figures(flags)
     now = datetime.now(UTC).replace(microsecond=0)
@@ -212,14 +214,6 @@ def _read(path: Path | None, record: Any) -> Any:
             f"{path} is not the document that is meant: {explain(error)}",
             remedy="Make it with --json of the command in question.",
         ) from error
-
-
-def _folder(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def _about(certificate: "Certificate", model: Path) -> None:
