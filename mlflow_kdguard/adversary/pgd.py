@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mlflow_kdguard.adversary.slopes import FastSlopes
 from mlflow_kdguard.errors import ConfigError
 
 Norm = Literal["linf", "l2"]
@@ -37,21 +38,20 @@ def ascend(
         raise ConfigError(f"there is no norm called {norm!r}.", remedy="Use linf or l2.")
     length = 2.5 * eps / max(steps, 1) if step is None else step
     point = _project(_start(x, start, eps, norm, generator), x, eps, norm).clamp(low, high)
-    best, score = point, torch.full((len(x),), -torch.inf, device=x.device)
-    for number in range(steps + 1):
-        if last and number == steps:
-            return point
+    best, score = point, torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
+    for number in range(steps if last else steps + 1):
         moving = point.detach().requires_grad_(True)
-        with torch.enable_grad():
+        with torch.enable_grad(), FastSlopes():
             value = objective(moving)
-        better = value.detach() > score
-        best = torch.where(_rows(better, x), point, best)
-        score = torch.where(better, value.detach().to(score.dtype), score)
+        if not last:
+            better = value.detach() > score
+            best = torch.where(_rows(better, x), point, best)
+            score = torch.where(better, value.detach(), score)
         if number < steps:
             (slope,) = torch.autograd.grad(value.sum(), moving)
             moved = point + length * _direction(slope, norm)
             point = _project(moved, x, eps, norm).clamp(low, high)
-    return best
+    return point if last else best
 
 
 def _start(
