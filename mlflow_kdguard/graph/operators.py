@@ -5,10 +5,10 @@ from math import prod
 import numpy as np
 import onnx
 
-from mlflow_kdguard.graph import layers
+from mlflow_kdguard.graph import layers, sizes
 from mlflow_kdguard.graph.canon import array
 from mlflow_kdguard.graph.layers import Array, Shape
-from mlflow_kdguard.graph.walk import Activation, Walk
+from mlflow_kdguard.graph.walk import Activation, Size, Walk
 
 
 def constant(walk: Walk, node: onnx.NodeProto) -> None:
@@ -55,7 +55,7 @@ def _add_clip(walk: Walk, node: onnx.NodeProto, x: Activation, low: float, high:
 
 def _scalar(walk: Walk, node: onnx.NodeProto, place: int) -> float:
     value = walk.value(node, place)
-    if isinstance(value, Activation) or value.dtype.kind != "f" or value.ndim != 0:
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.ndim != 0:
         raise walk.refuse(node, f"input {place} must be a float32 scalar constant")
     return float(value)
 
@@ -250,7 +250,11 @@ def squeeze(walk: Walk, node: onnx.NodeProto) -> None:
 
 
 def unsqueeze(walk: Walk, node: onnx.NodeProto) -> None:
-    """Unsqueeze at named axes behind the batch."""
+    """Unsqueeze at named axes behind the batch, or of a size."""
+    source = walk.value(node, 0)
+    if isinstance(source, Size):
+        sizes.unsqueeze(walk, node, source)
+        return
     x = walk.activation(node, 0)
     wanted = walk.integers(node, 1)
     rank = len(x.shape) + 1 + len(wanted)

@@ -6,7 +6,7 @@ import onnx
 
 from mlflow_kdguard.errors import KDGuardError
 from mlflow_kdguard.files import sha256
-from mlflow_kdguard.graph import canon, operators, windows
+from mlflow_kdguard.graph import canon, operators, sizes, windows
 from mlflow_kdguard.graph.layers import INPUT, Clip, Graph
 from mlflow_kdguard.graph.walk import Activation, Walk
 
@@ -15,10 +15,12 @@ OPERATORS: dict[str, Callable[[Walk, onnx.NodeProto], None]] = {
     "AveragePool": windows.average_pool,
     "BatchNormalization": windows.batch_normalization,
     "Clip": operators.clip,
+    "Concat": sizes.concat,
     "Constant": operators.constant,
     "Conv": windows.conv,
     "Div": operators.div,
     "Flatten": operators.flatten,
+    "Gather": sizes.gather,
     "Gemm": operators.gemm,
     "GlobalAveragePool": windows.global_average_pool,
     "Identity": operators.identity,
@@ -30,6 +32,7 @@ OPERATORS: dict[str, Callable[[Walk, onnx.NodeProto], None]] = {
     "ReduceMean": windows.reduce_mean,
     "Relu": operators.relu,
     "Reshape": operators.reshape,
+    "Shape": sizes.shape,
     "Squeeze": operators.squeeze,
     "Sub": operators.sub,
     "Unsqueeze": operators.unsqueeze,

@@ -26,7 +26,15 @@ class Activation:
     shape: Shape
 
 
-Value = Activation | NDArray[np.generic]
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Integers about shapes; None is the batch size."""
+
+    sides: tuple[int | None, ...]
+    scalar: bool = False
+
+
+Value = Activation | Size | NDArray[np.generic]
 
 
 @dataclass(slots=True, eq=False)
@@ -54,14 +62,19 @@ class Walk:
     def floats(self, node: onnx.NodeProto, place: int) -> Array:
         """Input `place` of a node, which must be a float constant of bounded magnitude."""
         value = self.value(node, place)
-        if isinstance(value, Activation) or value.dtype.kind != "f":
+        if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
             raise self.refuse(node, f"input {place} must be a float32 constant")
         return self.bounded(node, value.astype(np.float64))
 
     def integers(self, node: onnx.NodeProto, place: int) -> list[int]:
-        """Input `place` of a node, which must be a list of integers known beforehand."""
+        """Input `place` of a node, which must be a list of integers known beforehand.
+
+        A first entry that is the batch size comes as 0, which is how Reshape keeps an axis.
+        """
         value = self.value(node, place)
-        if isinstance(value, Activation) or value.dtype.kind != "i" or value.ndim != 1:
+        if isinstance(value, Size) and not value.scalar and None not in value.sides[1:]:
+            return [side or 0 for side in value.sides]
+        if not isinstance(value, np.ndarray) or value.dtype.kind != "i" or value.ndim != 1:
             raise self.refuse(node, f"input {place} must be a constant list of integers")
         return [int(number) for number in value]
 

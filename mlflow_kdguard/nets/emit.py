@@ -76,7 +76,8 @@ def to_bytes(net: nn.Module, shape: Sequence[int], *, opset: int) -> bytes:
     """
     program = _trace(net, shape)
     writer = _written(program)
-    (output,) = program.graph.output_node().args[0]
+    outputs = program.graph.output_node().args[0]
+    output = outputs[0] if isinstance(outputs, tuple) and len(outputs) == 1 else None
     logits = writer.values.get(output) if isinstance(output, fx.Node) else None
     sides = tuple(output.meta["val"].shape) if isinstance(output, fx.Node) else ()
     if not isinstance(logits, str) or logits == PIXELS or len(sides) != 2:
