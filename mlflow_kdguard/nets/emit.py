@@ -8,64 +8,19 @@ statistic's reshape) is computed here and becomes a constant. The same weights g
 import copy
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
 from mlflow_kdguard.errors import KDGuardError, ModelError
+from mlflow_kdguard.nets import emitters
+from mlflow_kdguard.nets.writer import PIXELS, Writer
 
 IR_VERSION = 10
 """ONNX file version that every runtime in use loads."""
-PIXELS = "pixels"
-"""Name of the clipped input, which every exported graph begins with."""
-
-
-@dataclass(frozen=True, slots=True)
-class Padded:
-    """An activation with padding that the next window must take over."""
-
-    source: str
-    pads: tuple[int, int, int, int]
-    value: float
-
-
-class Batch:
-    """Stands for a number that depends on the batch size."""
-
-
-@dataclass(slots=True, eq=False)
-class Writer:
-    """Nodes and constants written so far; `values` knows what each traced node became."""
-
-    values: dict[fx.Node, Any] = field(default_factory=dict)
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    constants: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
-    named: dict[int, str] = field(default_factory=dict)
-
-    def add(self, op: str, inputs: Sequence[str], **attributes: Any) -> str:
-        """Write a node; returns the name of its output."""
-        name = f"{op.lower()}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op, list(inputs), [name], name=name, **attributes))
-        return name
-
-    def constant(self, values: Tensor | float) -> str:
-        """The name of a float32 constant; a parameter keeps its own."""
-        name = self.named.get(id(values), f"constant_{len(self.constants)}")
-        tensor = torch.as_tensor(values, dtype=torch.float32).detach()
-        self.constants[name] = tensor.contiguous().numpy()
-        return name
-
-    def integers(self, values: Sequence[int]) -> str:
-        """The name of an int64 constant."""
-        name = f"constant_{len(self.constants)}"
-        self.constants[name] = np.array(values, dtype=np.int64)
-        return name
 
 
 def to_bytes(net: nn.Module, shape: Sequence[int], *, opset: int) -> bytes:
@@ -110,8 +65,6 @@ def _trace(net: nn.Module, shape: Sequence[int]) -> torch.export.ExportedProgram
 
 
 def _written(program: torch.export.ExportedProgram) -> Writer:
-    from mlflow_kdguard.nets import emitters
-
     writer = Writer()
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     tensors = {**program.state_dict, **program.constants}
