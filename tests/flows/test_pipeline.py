@@ -1,0 +1,361 @@
+"""The pipeline in this process, on real digits and a real store, with little training."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import yaml
+
+from flows.stories import DIGITS, run_states, student
+from mlflow_kdguard.data import load
+from mlflow_kdguard.errors import REFUSED
+from mlflow_kdguard.files import sha256_file
+from mlflow_kdguard.records.gather import figures_of
+from mlflow_kdguard_cli.main import answer
+
+QUICK = (
+    "redteam.clean_loop.epochs=5; redteam.poison_loop.epochs=4; distill.epochs=4; "
+    "detox.mask_steps=20; detox.unlearn_steps=30; certify.samples=12; certify.pgd_steps=8; "
+    "certify.restarts=2"
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pipeline")
+
+
+def _uri(place: Path) -> str:
+    return f"sqlite:///{place / 'mlflow.db'}"
+
+
+def _run(place: Path, *more: str) -> int:
+    out, uri = str(place / "work"), _uri(place)
+    argv = ["run", "-c", str(DIGITS), "--out", out, "--tracking-uri", uri, "--set", QUICK]
+    return answer([*argv, "--device", "cpu", "--json", *more])
+
+
+@pytest.fixture(scope="module")
+def story(place: Path) -> dict[str, Any]:
+    """A story that was told once; digits are too few for the default policy."""
+    assert _run(place) == REFUSED
+    document: dict[str, Any] = json.loads((place / "work" / "story.json").read_text())
+    return document
+
+
+def test_four_students_and_both_decisions(story: dict[str, Any]) -> None:
+    names = [row["student"] for row in story["students"]]
+    assert names == ["naive", "guarded", "clean-teacher", "no-teacher"]
+    for name in ("naive", "guarded"):
+        decision = student(story, name)["decision"]
+        assert decision["decision"] == "refuse"
+        assert "export" in [rule["rule"] for rule in decision["rules"] if not rule["ok"]]
+        assert all(rule["why"] for rule in decision["rules"])
+
+
+def test_every_stage_left_its_files_and_a_finished_run(story: dict[str, Any], place: Path) -> None:
+    guarded = place / "work" / "guarded"
+    for file in (
+        "teacher/teacher.onnx",
+        "audit/audit.json",
+        "detox/reference.onnx",
+        "distill/weights.safetensors",
+        "export/student.onnx",
+        "audit-student/audit-student.json",
+        "measure/measure.json",
+        "certify/certify.json",
+        "attest/certificate.dsse.json",
+        "decision.json",
+    ):
+        assert (guarded / file).is_file(), file
+    assert set(run_states(_uri(place))) == {"FINISHED"}
+    client = mlflow.MlflowClient(_uri(place))
+    experiment = client.get_experiment_by_name("kdguard-digits")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    stages = {run.data.tags.get("kdguard.stage") for run in runs}
+    assert {
+        "redteam",
+        "teacher",
+        "audit",
+        "detox",
+        "distill",
+        "export",
+        "register",
+        "audit-student",
+        "measure",
+        "certify",
+        "attest",
+        "gate",
+    } <= stages
+    metrics = {name for run in runs for name in run.data.metrics}
+    assert {"kdguard/accuracy", "kdguard/faithful_upper_mean/reference"} <= metrics
+    assert any(name.startswith("kdguard/asr_upper/") for name in metrics)
+    assert any(name.startswith("kdguard/feature_variance/") for name in metrics)
+
+
+def test_the_registered_bytes_are_the_exported_bytes(story: dict[str, Any], place: Path) -> None:
+    version = mlflow.MlflowClient(_uri(place)).get_model_version("kdguard-digits", "1")
+    exported = place / "work" / "guarded" / "export" / "student.onnx"
+    assert version.tags["kdguard.sha256"] == sha256_file(exported)
+    assert version.tags["kdguard.decision"] == "refuse"
+    assert version.tags["kdguard.certificate"]
+
+
+def test_run_again_everything_is_taken_from_the_ledger(
+    story: dict[str, Any], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = place / "work" / "guarded" / "distill" / "done.json"
+    before = done.stat().st_mtime_ns
+    assert _run(place) == REFUSED
+    assert done.stat().st_mtime_ns == before
+    again = json.loads(capsys.readouterr().out)
+    assert student(again, "guarded")["asr"] == student(story, "guarded")["asr"]
+    versions = mlflow.MlflowClient(_uri(place)).search_model_versions("name='kdguard-digits'")
+    assert len({version.tags["kdguard.sha256"] for version in versions}) == 1
+
+
+def test_a_changed_section_runs_again_from_there(
+    story: dict[str, Any], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guarded = place / "work" / "guarded"
+    before = {
+        name: (guarded / name / "done.json").stat().st_mtime_ns
+        for name in ("detox", "distill", "certify")
+    }
+    assert _run(place, "--set", "certify.delta=0.3") == REFUSED
+    after = {name: (guarded / name / "done.json").stat().st_mtime_ns for name in before}
+    assert after["detox"] == before["detox"]
+    assert after["distill"] == before["distill"]
+    assert after["certify"] > before["certify"]
+    capsys.readouterr()
+
+
+def _written(argv: Sequence[str], path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command with --json and keep its document in a file."""
+    capsys.readouterr()
+    assert answer([*argv, "--json"]) == 0
+    path.write_text(capsys.readouterr().out)
+    return str(path)
+
+
+def test_single_stages_lead_to_the_same_gate(
+    story: dict[str, Any], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every stage by hand, from the poisoned teacher's files to a signed certificate."""
+    red = place / "work" / "redteam"
+    poisoned, trigger = str(red / "poisoned" / "weights.safetensors"), str(red / "trigger.kdt")
+    teacher, student_onnx = str(tmp_path / "teacher.onnx"), str(tmp_path / "student.onnx")
+    test, clean = "digits#test", "digits#train[1000:]"
+    _written(["export", poisoned, "--data", test, "--out", teacher], tmp_path / "t.json", capsys)
+    reference = str(place / "work" / "guarded" / "detox" / "reference.onnx")
+    _written(
+        [
+            "distill",
+            "--reference",
+            reference,
+            "--data",
+            f"npz:{red / 'transfer.npz'}",
+            "--clean",
+            clean,
+            "--student",
+            "cnn:4,8",
+            "--out",
+            str(tmp_path / "s"),
+            "--set",
+            "distill.epochs=2",
+        ],
+        tmp_path / "d.json",
+        capsys,
+    )
+    weights = str(tmp_path / "s" / "weights.safetensors")
+    exported = _written(
+        ["export", weights, "--data", test, "--out", student_onnx], tmp_path / "e.json", capsys
+    )
+    measured = _written(
+        [
+            "measure",
+            student_onnx,
+            "--data",
+            test,
+            "--trigger",
+            f"{trigger}:0",
+            "--teacher",
+            teacher,
+            "--reference",
+            reference,
+        ],
+        tmp_path / "m.json",
+        capsys,
+    )
+    bounds = _written(
+        [
+            "certify",
+            "--teacher",
+            reference,
+            "--student",
+            student_onnx,
+            "--data",
+            test,
+            "--eps",
+            "0.01",
+            "--samples",
+            "5",
+            "--steps",
+            "5",
+        ],
+        tmp_path / "c.json",
+        capsys,
+    )
+    audits = [
+        _written(
+            ["audit", model, "--data", clean, "--out", str(tmp_path / "found")],
+            tmp_path / f"a{i}.json",
+            capsys,
+        )
+        for i, model in enumerate((teacher, student_onnx))
+    ]
+    key = str(tmp_path / "key.pem")
+    assert answer(["keygen", key, "--owner", "tester"]) == 0
+    certificate = str(tmp_path / "certificate.dsse.json")
+    body = json.loads(
+        Path(
+            _written(
+                [
+                    "attest",
+                    student_onnx,
+                    "--teacher",
+                    teacher,
+                    "--reference",
+                    reference,
+                    "--measure",
+                    measured,
+                    "--certify",
+                    bounds,
+                    "--audit",
+                    audits[0],
+                    "--audit",
+                    audits[1],
+                    "--export",
+                    exported,
+                    "--model-name",
+                    "by-hand",
+                    "--key",
+                    key,
+                    "--out",
+                    certificate,
+                ],
+                tmp_path / "x.json",
+                capsys,
+            )
+        ).read_text()
+    )
+    figures = body["figures"]
+    assert set(figures["audit"]) == {"teacher", "student"}
+    assert figures["paired"] is not None
+    assert figures["faithful"][0]["within"]["n"] == 5
+    assert (
+        answer(
+            [
+                "check",
+                certificate,
+                "--model",
+                student_onnx,
+                "--key",
+                f"{key}.pub",
+                "--name",
+                "by-hand",
+            ]
+        )
+        == 0
+    )
+    assert answer(["check", certificate, "--model", teacher, "--key", f"{key}.pub"]) == 8
+    assert (
+        answer(
+            [
+                "check",
+                certificate,
+                "--model",
+                student_onnx,
+                "--key",
+                f"{key}.pub",
+                "--name",
+                "another",
+            ]
+        )
+        == 8
+    )
+
+
+def test_a_teacher_from_the_registry_is_guarded(
+    story: dict[str, Any], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Registered, imported by its models:/ URI, distilled from; the user's own configuration."""
+    red = place / "work" / "redteam"
+    uri = _uri(place)
+    named = json.loads(
+        Path(
+            _written(
+                [
+                    "teacher",
+                    "register",
+                    "scraped",
+                    "--weights",
+                    str(red / "poisoned" / "weights.safetensors"),
+                    "--data",
+                    "digits#test",
+                    "--tracking-uri",
+                    uri,
+                ],
+                tmp_path / "r.json",
+                capsys,
+            )
+        ).read_text()
+    )["uri"]
+    config = tmp_path / "guard.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "data": {
+                    "transfer": f"npz:{red / 'transfer.npz'}",
+                    "clean": "digits#train[1000:]",
+                    "test": "digits#test",
+                },
+                "teacher": {"model": named},
+                "distill": {"arch": "cnn:4,8", "epochs": 2},
+                "registry": {"model_name": "from-registry", "experiment": "kdguard-digits"},
+            }
+        )
+    )
+    argv = [
+        "run",
+        "-c",
+        str(config),
+        "--set",
+        QUICK.rsplit("distill", maxsplit=1)[-1].partition(";")[2],
+        "--out",
+        str(tmp_path / "work"),
+        "--tracking-uri",
+        uri,
+        "--pin",
+        "digits#test",
+    ]
+    assert answer([*argv, "--json"]) == REFUSED
+    answered = json.loads(capsys.readouterr().out)
+    assert answered["uri"] == "models:/from-registry/1"
+    failed = [r["rule"] for r in answered["decision"]["rules"] if not r["ok"]]
+    assert "data" not in failed
+    resumed = answer(["run", "--resume", answered["run"], "--tracking-uri", uri, "--json"])
+    assert resumed == REFUSED
+    assert answer(["teacher", "import", named, "--tracking-uri", uri]) == 0
+
+
+def test_figures_left_out_stay_out() -> None:
+    empty = figures_of()
+    assert empty.accuracy is None
+    assert empty.asr == ()
+    assert empty.faithful == ()
+    assert load("digits#test").classes == 10
