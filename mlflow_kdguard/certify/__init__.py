@@ -62,7 +62,7 @@ def certify(
     place = device if device is not None else torch.device("cpu")
     bound: Bound = extensions.load("bound", _method(config))
     pair = _read(reference, student, place)
-    question = _question(reference, student, data, config, nonce, place)
+    question = _question((sha256(reference), sha256(student)), data, config, nonce, str(place))
     _check(data, pair.reference, question)
     judged: list[Judged] = []
     try:
@@ -85,23 +85,20 @@ def _method(config: CertifySection) -> str:
 
 def _read(reference: bytes, student: bytes, device: torch.device) -> _Pair:
     graphs = (
-        graph.read(reference, where="the reference"), graph.read(student, where="the student")
+        graph.read(reference, where="the reference"),
+        graph.read(student, where="the student"),
     )
     joint = join(*graphs, device=device)
     return _Pair(*graphs, joint, joint.cast(torch.float32, device))
 
 
 def _question(
-    reference: bytes,
-    student: bytes,
-    data: Dataset,
-    config: CertifySection,
-    nonce: str,
-    device: torch.device,
+    digests: tuple[str, str], data: Dataset, config: CertifySection, nonce: str, device: str
 ) -> Question:
-    digests = sha256(reference), sha256(student), data.sha256
-    indices = draw(len(data), config.samples, *digests, nonce)
-    return Question(config, _method(config), *digests, data.uri, len(data), nonce, str(device), indices)
+    indices = draw(len(data), config.samples, *digests, data.sha256, nonce)
+    return Question(
+        config, _method(config), *digests, data.sha256, data.uri, len(data), nonce, device, indices
+    )
 
 
 def _check(data: Dataset, model: graph.Graph, question: Question) -> None:
@@ -136,7 +133,16 @@ def _judge(
     confidences = softmax(graph.evaluate(pair.reference, x.astype(np.float64)))
     lower, upper, nodes = np.zeros(len(part)), np.ones(len(part)), 0
     if bound is not None:
-        lower, upper, nodes = _bounds(pair, x, confidences.argmax(1), part, question, bound)
+        place, top = torch.device(question.device), None
+        ball = Ball.around(
+            torch.from_numpy(x).to(place), eps=question.config.eps, norm=question.config.norm
+        )
+        if question.config.classes == "top":
+            top = torch.from_numpy(confidences.argmax(1)).to(place)
+        found = bound(pair.joint, ball, top)
+        lower = _witness(pair, ball, top, first=part[0], question=question, found=found)
+        upper, nodes = found.upper.cpu().numpy(), found.nodes
+        _check_sound(part, lower, upper, question.method)
     seconds = (time.perf_counter() - began) / len(part)
     method = "skipped" if bound is None else question.method
     return [
@@ -145,30 +151,29 @@ def _judge(
     ]
 
 
-def _bounds(
+def _witness(
     pair: _Pair,
-    x: NDArray[np.float32],
-    top: NDArray[np.int64],
-    part: tuple[int, ...],
+    ball: Ball,
+    top: torch.Tensor | None,
+    *,
+    first: int,
     question: Question,
-    bound: Bound,
-) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
-    config, device = question.config, torch.device(question.device)
-    ball = Ball.around(torch.from_numpy(x).to(device), eps=config.eps, norm=config.norm)
-    classes = torch.from_numpy(top).to(device) if config.classes == "top" else None
-    found = bound(pair.joint, ball, classes)
-    generator = torch.Generator().manual_seed(question.seed(part[0]))
-    effort = Effort(config.pgd_steps, config.restarts)
-    points = search(
-        pair.quick, ball, classes, effort=effort, generator=generator, hints=found.worst
-    )
-    lower = attained(pair.reference, pair.student, ball, points, classes)
-    upper: NDArray[np.float64] = found.upper.cpu().numpy()
+    found: Bounds,
+) -> NDArray[np.float64]:
+    """The largest gaps found: float64 B, each attained at a point of its ball."""
+    effort = Effort(question.config.pgd_steps, question.config.restarts)
+    generator = torch.Generator().manual_seed(question.seed(first))
+    points = search(pair.quick, ball, top, effort=effort, generator=generator, hints=found.worst)
+    return attained(pair.reference, pair.student, ball, points, top)
+
+
+def _check_sound(
+    part: tuple[int, ...], lower: NDArray[np.float64], upper: NDArray[np.float64], method: str
+) -> None:
     if not bool((upper >= lower).all()):
         worst = int((lower - upper).argmax())
         raise SoundnessError(
             f"image {part[worst]}: a point of the ball has a gap of {lower[worst]:.17g}, above the "
-            f"bound {upper[worst]:.17g} of {question.method!r}.",
+            f"bound {upper[worst]:.17g} of {method!r}.",
             remedy="This is a bug in the bound; please report it with both models.",
         )
-    return lower, upper, found.nodes

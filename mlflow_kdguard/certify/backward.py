@@ -64,7 +64,6 @@ class Plane:
             best = torch.minimum(best, form.dot(ball.centre, image) + ball.eps * length)
         return up(best + self.shift)
 
-
     def corner(self, ball: Ball) -> Tensor:
         """The point of each row's box at which the plane is highest: N×C×H×W."""
         coef = dense(self.form, tuple(ball.centre.shape[1:])).coef
@@ -84,9 +83,9 @@ def backward(relaxed: Relaxed, seeds: Sequence[Seed], image: Tensor) -> Plane:
     shift = torch.zeros(len(image), dtype=torch.float64, device=image.device)
     error = torch.full_like(shift, TINY)
     for index in range(max(waiting), -1, -1):
-        form = waiting.pop(index, None)
-        if form is None:
+        if index not in waiting:
             continue
+        form = waiting.pop(index)
         error = error + form.norm1() * relaxed.scales[index][image]
         if index == 0:
             waiting[0] = form
@@ -127,9 +126,7 @@ def _pull(
     return (bent,), constant
 
 
-def highest(
-    relaxed: Relaxed, image: Tensor, seeds: Callable[[slice], Sequence[Seed]]
-) -> Tensor:
+def highest(relaxed: Relaxed, image: Tensor, seeds: Callable[[slice], Sequence[Seed]]) -> Tensor:
     """Upper bounds of many functionals, in chunks that fit in memory: N.
 
     `seeds(part)` makes the functionals of the rows in `part`.

@@ -48,9 +48,11 @@ class Ball:
         offset = (points - self.centre).flatten(1)
         inside = ((points >= 0.0) & (points <= 1.0)).flatten(1).all(1)
         if self.norm == "l2":
-            return inside & (torch.linalg.vector_norm(offset, dim=1) <= self.eps * (1.0 - 1e-10))
+            inside &= torch.linalg.vector_norm(offset, dim=1) <= self.eps * (1.0 - 1e-10)
+            return inside
         lo, hi = self.inner()
-        return inside & ((points >= lo) & (points <= hi)).flatten(1).all(1)
+        inside &= ((points >= lo) & (points <= hi)).flatten(1).all(1)
+        return inside
 
     def nearest(self, points: Tensor) -> Tensor:
         """Points (any dtype, B×C×H×W) moved into their balls, in float64."""
@@ -59,6 +61,7 @@ class Ball:
             offset = moved - self.centre
             length = torch.linalg.vector_norm(offset.flatten(1), dim=1).clamp(min=1e-300)
             shrink = (self.eps * (1.0 - 1e-9) / length).clamp(max=1.0)
-            return (self.centre + offset * shrink.view(-1, 1, 1, 1)).clamp(0.0, 1.0)
+            moved = self.centre + offset * shrink.view(-1, 1, 1, 1)
+            return moved.clamp(0.0, 1.0)
         lo, hi = self.inner()
         return moved.clamp(lo, hi)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlflow_kdguard.certify import margins, softmax, split
+from mlflow_kdguard.certify import confidence, margins, refine, split
 from mlflow_kdguard.certify.backward import Relaxed
+from mlflow_kdguard.certify.confidence import Margins
 from mlflow_kdguard.certify.margins import Items
 from mlflow_kdguard.certify.rounding import gamma
-from mlflow_kdguard.certify.softmax import Margins
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +60,7 @@ def by_boxes(relaxed: Relaxed, items: Items) -> Found:
     reference = margins.boxed(relaxed, items, relaxed.joint.reference)
     student = margins.boxed(relaxed, items, relaxed.joint.student)
     gap = torch.maximum(
-        softmax.interval_gap(student, reference), softmax.interval_gap(reference, student)
+        confidence.interval_gap(student, reference), confidence.interval_gap(reference, student)
     )
     return Found(_sound(gap, relaxed), reference, student)
 
@@ -76,17 +76,19 @@ def by_planes(relaxed: Relaxed, items: Items) -> Found:
     own_student = margins.link(student.box, reference.box, mirrored)
     rows = split.Rows(
         Items(items.image.repeat(2), items.klass.repeat(2)),
-        torch.arange(2, device=items.image.device).repeat_interleave(len(items.image))[:, None] == 0,
+        torch.arange(2, device=items.image.device).repeat_interleave(len(items.image))[:, None]
+        == 0,
         _both(own_student, own_reference),
         _both(own_reference, own_student),
+        _both(mirrored, difference),
         (
             _join(student.above_negative, reference.above_negative),
             _join(reference.above, student.above),
         ),
     )
     plain = torch.minimum(
-        softmax.interval_gap(rows.high, rows.low),
-        softmax.linked_gap(rows.high, rows.low, _both(mirrored, difference)),
+        confidence.interval_gap(rows.high, rows.low),
+        confidence.linked_gap(rows.high, rows.low, rows.difference),
     )
     upper, worst = _joined(relaxed, rows, plain)
     upper, which = upper.view(2, -1).max(0)
@@ -104,10 +106,10 @@ def _joined(relaxed: Relaxed, rows: split.Rows, plain: Tensor) -> tuple[Tensor, 
         bound, plane = split.joint_bound(relaxed, rows, split.multipliers(values, rows))
         worst = torch.where((bound < best).view(-1, 1, 1, 1), plane.corner(relaxed.ball), worst)
         best = torch.where(bound < best, bound, best)
-    which = (best > split.SMALL).nonzero()[:, 0]
+    which = (best > refine.SMALL).nonzero()[:, 0]
     if len(which):
         begin = [value[which] for value in parameters]
-        bound, corner = split.refine(relaxed, rows.take(which), begin)
+        bound, corner = refine.refined(relaxed, rows.take(which), begin)
         closer = bound < best[which]
         worst[which[closer]] = corner[closer]
         best[which[closer]] = bound[closer]

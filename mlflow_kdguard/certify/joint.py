@@ -11,6 +11,7 @@ from math import prod
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mlflow_kdguard.certify import ops
@@ -18,6 +19,7 @@ from mlflow_kdguard.errors import ModelError
 from mlflow_kdguard.graph import layers as canonical
 
 Index = int
+Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,8 +113,7 @@ def _conv(builder: _Builder, layer: canonical.Conv, at: tuple[Index, ...]) -> In
 
 def _scale(builder: _Builder, layer: canonical.Scale, at: tuple[Index, ...]) -> Index:
     factor, shift = (
-        _tensor(np.broadcast_to(array, layer.shape))[None]
-        for array in (layer.factor, layer.offset)
+        _tensor(np.broadcast_to(array, layer.shape))[None] for array in (layer.factor, layer.offset)
     )
     return builder.add(ops.Scale(at, layer.shape, factor, shift))
 
@@ -163,10 +164,10 @@ def _average_pool(builder: _Builder, layer: canonical.AveragePool, at: tuple[Ind
 
 def _window_rows(
     layer: canonical.AveragePool | canonical.MaxPool, source: tuple[int, ...], axis: int
-) -> canonical.Array:
+) -> Rows:
     """Input rows (axis 0) or columns (axis 1) that each window covers, padding included."""
     starts = np.arange(layer.shape[1 + axis]) * layer.strides[axis] - layer.pads[axis]
-    rows: canonical.Array = starts[:, None] + np.arange(layer.kernel[axis])
+    rows: Rows = starts[:, None] + np.arange(layer.kernel[axis])
     return rows
 
 

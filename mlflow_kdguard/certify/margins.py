@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mlflow_kdguard.certify.backward import Relaxed, backward, written_out
+from mlflow_kdguard.certify.confidence import Margins
 from mlflow_kdguard.certify.forms import Form
 from mlflow_kdguard.certify.rounding import down, up
-from mlflow_kdguard.certify.softmax import Margins
 
 _ROW_BYTES = 64 << 20
 

@@ -6,7 +6,7 @@ two inputs, since max(a, b) = b + relu(a - b) and min(a, b) = a - relu(a - b).
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Op:
 
     def cast(self, dtype: torch.dtype, device: torch.device) -> Self:
         """The same operation with its floating constants in another dtype."""
-        changes = {
+        changes: dict[str, Any] = {
             item.name: value.to(device=device, dtype=dtype if value.is_floating_point() else None)
             for item in fields(self)
             if isinstance(value := getattr(self, item.name), Tensor)

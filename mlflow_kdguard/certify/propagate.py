@@ -33,7 +33,9 @@ def relax(joint: Joint, ball: Ball, *, tighten: bool) -> Relaxed:
     for index, op in enumerate(joint.ops):
         mixing.append(_mixing(op, [mixing[i] for i in op.inputs]))
         if isinstance(op, ops.Linear):
-            box, scale = ops.through_linear(op, tuple(known.boxes[i] for i in op.inputs), joint.terms)
+            box, scale = ops.through_linear(
+                op, tuple(known.boxes[i] for i in op.inputs), joint.terms
+            )
         elif isinstance(op, ops.Input):
             box = Box(ball.lo, ball.hi)
             scale = box.magnitude()
@@ -67,8 +69,10 @@ def _through_bend(
     low, high = (op.low, op.high) if isinstance(op, ops.Clip) else (0.0, float("inf"))
     boxes = [known.boxes[i] for i in op.inputs]
     size = sum((box.magnitude() for box in boxes[1:]), boxes[0].magnitude())
-    switch = boxes[0] if len(boxes) == 1 else Box(
-        down(boxes[0].lo - boxes[1].hi), up(boxes[0].hi - boxes[1].lo)
+    switch = (
+        boxes[0]
+        if len(boxes) == 1
+        else Box(down(boxes[0].lo - boxes[1].hi), up(boxes[0].hi - boxes[1].lo))
     )
     if tighten and (len(boxes) == 2 or mixing[op.inputs[0]] == _MIXED):
         switch = _tighten(known, op, switch, low, high)

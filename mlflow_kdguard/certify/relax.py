@@ -4,6 +4,8 @@ A bound is called with a joint graph, balls around B images and the classes that
 and returns `Bounds`. Branch and bound and solvers are meant to become further rows.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,14 +39,22 @@ class Bound(Protocol):
         ...
 
 
-@torch.no_grad()
 def interval(joint: Joint, ball: Ball, classes: Tensor | None) -> Bounds:
     """Interval arithmetic (Gowal et al., arXiv 1810.12715) on both networks and their margins."""
-    return Bounds(gap.bounded(relax(joint, ball, tighten=False), classes, gap.by_boxes).upper, 1)
+    with _plain_arithmetic():
+        known = relax(joint, ball, tighten=False)
+        return Bounds(gap.bounded(known, classes, gap.by_boxes).upper, 1)
 
 
-@torch.no_grad()
 def crown(joint: Joint, ball: Ball, classes: Tensor | None) -> Bounds:
     """Joint CROWN (arXiv 1811.00866) with folded margins; see `docs/reference/certify.md`."""
-    found = gap.bounded(relax(joint, ball, tighten=True), classes, gap.by_planes)
-    return Bounds(found.upper, 1, found.worst)
+    with _plain_arithmetic():
+        found = gap.bounded(relax(joint, ball, tighten=True), classes, gap.by_planes)
+        return Bounds(found.upper, 1, found.worst)
+
+
+@contextmanager
+def _plain_arithmetic() -> Iterator[None]:
+    """Sums of products only, which the rounding margin is made for: cuDNN may transform instead."""
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=False):
+        yield

@@ -1,9 +1,8 @@
 """The Lagrangian split: multipliers that join both networks before the ball is looked at.
 
-Any multipliers and any lower slopes give a sound bound, so they are chosen by a few steps of Adam.
-First the multipliers, with the network part replaced by the planes already known above each
-margin (a small matrix product instead of a pass through both networks); then, where the bound is
-not small already, multipliers and slopes together on the real pass (α-CROWN, arXiv 2011.13824).
+Any multipliers give a sound bound, so they are chosen by a few steps of Adam in which the network
+part is replaced by the planes already known above each margin: a small matrix product instead of
+a pass through both networks. What is chosen is then bounded by a real pass.
 """
 
 from dataclasses import dataclass, replace
@@ -11,18 +10,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mlflow_kdguard.certify import softmax
+from mlflow_kdguard.certify import confidence
 from mlflow_kdguard.certify.backward import Plane, Relaxed, backward
 from mlflow_kdguard.certify.ball import Ball
+from mlflow_kdguard.certify.confidence import Margins
 from mlflow_kdguard.certify.forms import Form
 from mlflow_kdguard.certify.margins import Items
-from mlflow_kdguard.certify.rounding import gamma, up
-from mlflow_kdguard.certify.softmax import Margins
+from mlflow_kdguard.certify.rounding import down, gamma, up
 
-CHEAP_STEPS = 24
-SLOPE_STEPS = 12
-SMALL = 0.02
-"""Bounds below this are not refined: a gap of two points of confidence matters to nobody."""
+STEPS = 24
+"""Steps of Adam on the multipliers alone."""
 
 Parameters = list[Tensor]
 """Tangent point (logit of its place in the box), log of the slope, logs of the low multipliers."""
@@ -39,7 +36,30 @@ class Rows:
     student_high: Tensor
     high: Margins
     low: Margins
+    difference: Margins
     planes: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+    def halves(self) -> "Rows":
+        """Each row twice: the lower and the upper half of the low margin that matters most.
+
+        What is known of the difference of the margins narrows the high network's box as well.
+        """
+        low = self.low
+        middle = (low.lo + low.hi) / 2
+        share = torch.softmax(middle, -1) * (low.hi - low.lo)
+        chosen = share.argmax(-1, keepdim=True)
+        at = middle.gather(1, chosen)
+        both = self.take(torch.arange(len(share), device=share.device).repeat(2))
+        upper_half = Margins(low.lo.scatter(1, chosen, at), low.hi)
+        lower_half = Margins(low.lo, low.hi.scatter(1, chosen, at))
+        lo, hi = (
+            torch.cat((getattr(lower_half, end), getattr(upper_half, end))) for end in ("lo", "hi")
+        )
+        high = Margins(
+            torch.maximum(both.high.lo, down(lo + both.difference.lo)),
+            torch.minimum(both.high.hi, up(hi + both.difference.hi)),
+        )
+        return replace(both, low=Margins(lo, hi), high=high)
 
     def take(self, which: Tensor) -> "Rows":
         """The rows at `which` (int64)."""
@@ -49,6 +69,7 @@ class Rows:
             self.student_high[which],
             Margins(self.high.lo[which], self.high.hi[which]),
             Margins(self.low.lo[which], self.low.hi[which]),
+            Margins(self.difference.lo[which], self.difference.hi[which]),
             ((a[which], b[which]), (c[which], d[which])),
         )
 
@@ -66,9 +87,9 @@ def multipliers(parameters: Parameters, rows: Rows) -> Multipliers:
     """What the parameters stand for; sound for any values."""
     where, slope, low = parameters
     at = rows.high.lo + torch.sigmoid(where) * (rows.high.hi - rows.high.lo)
-    upper = softmax.upper_plane(rows.high, at, slope.exp().clamp(1e-12, 0.25))
+    upper = confidence.upper_plane(rows.high, at, slope.exp().clamp(1e-12, 0.25))
     weights = low.exp()
-    constant = upper.constant + softmax.lower_constant(rows.low, weights)
+    constant = upper.constant + confidence.lower_constant(rows.low, weights)
     return Multipliers(upper.weights, weights, constant)
 
 
@@ -83,7 +104,7 @@ def joint_bound(relaxed: Relaxed, rows: Rows, chosen: Multipliers) -> tuple[Tens
         size = weights.abs().sum(1) * relaxed.scales[output][image]
         slack = slack + gamma(joint.classes) * size
     for weights, box in ((chosen.high, rows.high), (chosen.low, rows.low)):
-        slack = slack + softmax.margin(joint.classes, weights, box)
+        slack = slack + confidence.margin(joint.classes, weights, box)
     plane = backward(relaxed, seeds, image)
     return up(plane.highest(relaxed.ball) + slack), plane
 
@@ -118,59 +139,12 @@ def search(rows: Rows, ball: Ball) -> Parameters:
     best = torch.full((len(x_lo),), torch.inf, dtype=torch.float64, device=x_lo.device)
     parameters = [value.clone().requires_grad_() for value in begin]
     optimiser = torch.optim.Adam(parameters, lr=0.15, betas=(0.9, 0.9))
-    for _ in range(CHEAP_STEPS):
+    for _ in range(STEPS):
         with torch.enable_grad():
             value = estimate(parameters)
         best, kept = _keep(best, kept, value, parameters)
-        _descend(optimiser, value)
+        descend(optimiser, value)
     return kept
-
-
-def refine(relaxed: Relaxed, rows: Rows, begin: Parameters) -> tuple[Tensor, Tensor]:
-    """Best bound of a few steps on multipliers and lower slopes: N, and where it is attained."""
-    own = _by_row(relaxed, rows.items.image)
-    each = torch.arange(len(begin[1]), device=begin[1].device)
-    alone = replace(rows, items=Items(each, rows.items.klass))
-    free = {
-        index: (lines.upper_slope > 0.0) & (lines.upper_slope < 1.0)
-        for index, lines in own.lines.items()
-    }
-    parameters = [value.clone().requires_grad_() for value in begin]
-    slopes = {i: own.lines[i].lower_slope.clone().requires_grad_() for i, f in free.items() if f.any()}
-    optimiser = torch.optim.Adam(
-        [
-            {"params": parameters, "lr": 0.1},
-            {"params": list(slopes.values()), "lr": 0.15},
-        ],
-        betas=(0.9, 0.9),
-    )
-    best = torch.full((len(begin[1]),), torch.inf, dtype=torch.float64, device=begin[1].device)
-    worst = own.ball.centre
-    for _ in range(SLOPE_STEPS):
-        with torch.enable_grad():
-            for index, slope in slopes.items():
-                lines = relaxed.lines[index]
-                fixed = lines.lower_slope[rows.items.image]
-                own.lines[index] = replace(
-                    own.lines[index], lower_slope=torch.where(free[index], slope, fixed)
-                )
-            value, plane = joint_bound(own, alone, multipliers(parameters, alone))
-        corner = plane.corner(own.ball)
-        worst = torch.where((value.detach() < best).view(-1, 1, 1, 1), corner, worst)
-        best = torch.minimum(best, torch.where(value.isnan(), torch.inf, value).detach())
-        _descend(optimiser, value)
-        for slope in slopes.values():
-            slope.data.clamp_(0.0, 1.0)
-    return best, worst
-
-
-def _by_row(relaxed: Relaxed, image: Tensor) -> Relaxed:
-    """The same relaxation with one image a row, so that each row can have its own slopes."""
-    ball = relaxed.ball
-    lines = {index: value.rows(image) for index, value in relaxed.lines.items()}
-    scales = [scale[image] for scale in relaxed.scales]
-    own = Ball(ball.centre[image], ball.lo[image], ball.hi[image], ball.eps, ball.norm)
-    return Relaxed(relaxed.joint, own, [], scales, lines)
 
 
 def _keep(
@@ -184,7 +158,8 @@ def _keep(
     return torch.where(better, value.detach(), best), chosen
 
 
-def _descend(optimiser: torch.optim.Optimizer, value: Tensor) -> None:
+def descend(optimiser: torch.optim.Optimizer, value: Tensor) -> None:
+    """One step that lowers every row's value."""
     optimiser.zero_grad()
-    value.backward(torch.ones_like(value))
+    torch.autograd.backward([value], [torch.ones_like(value)])
     optimiser.step()

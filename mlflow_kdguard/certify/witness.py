@@ -20,8 +20,8 @@ from mlflow_kdguard.graph import Graph, evaluate
 SCREEN_STEPS = 4
 """Steps that every (class, sign) pair is given before the best are searched in full."""
 KEPT = 2
-"""(class, sign) pairs an image that are searched in full."""
-_ROWS = 1024
+"""(class, sign) pairs an image that are searched on: the first with all starts, others with one."""
+_ROWS = 512
 
 Floats = NDArray[np.float64]
 
@@ -63,15 +63,18 @@ def search(
     """For each image the point of the largest gap found: float64 B×C×H×W, inside the ball.
 
     PGD on ±(p_S,k - p_R,k) itself (arXiv 2306.04431). All (class, sign) pairs are screened for a
-    few steps from the centre, then the best `KEPT` pairs of each image are searched from the point
-    that screening reached, from `hints` (where a bound is attained), and from random points.
-    `joint` may be float32.
+    few steps from the centre; the best pair of each image is then searched from the point that
+    screening reached, from `hints` (where a bound is attained) and from random points, the
+    runner-up from its screened point alone. `joint` is float32.
     """
     rows = _pairs(joint.classes, ball, classes)
+    leading = torch.ones_like(rows.image, dtype=torch.bool)
     if classes is None:
         points, values = _ascend(joint, ball, rows, SCREEN_STEPS, 2.0 / SCREEN_STEPS)
-        rows = _best_pairs(rows, points, values, len(ball.centre))
-    rows = _with_starts(rows, ball, effort.restarts, generator, hints)
+        rows, leading = _best_pairs(rows, points, values, len(ball.centre))
+    rows = _with_starts(
+        rows, leading, ball, restarts=effort.restarts, generator=generator, hints=hints
+    )
     points, values = _ascend(joint, ball, rows, effort.steps, 2.5 / max(effort.steps, 1))
     best = torch.full((len(ball.centre),), -torch.inf, device=values.device)
     best = best.scatter_reduce(0, rows.image, values, "amax")
@@ -110,35 +113,49 @@ def _pairs(count: int, ball: Ball, classes: Tensor | None) -> _Rows:
     return _Rows(image, klass, sign, ball.centre[image])
 
 
-def _best_pairs(rows: _Rows, points: Tensor, values: Tensor, n: int) -> _Rows:
+def _best_pairs(rows: _Rows, points: Tensor, values: Tensor, n: int) -> tuple[_Rows, Tensor]:
+    """The best pairs of each image at the points that they reached, and which one leads."""
     order = values.argsort(descending=True)
-    order = order[rows.image[order].argsort(stable=True)]
-    each = len(order) // n
-    kept = order.view(n, each)[:, : min(KEPT, each)].reshape(-1)
-    return _Rows(rows.image[kept], rows.klass[kept], rows.sign[kept], points[kept])
+    order = order[rows.image[order].argsort(stable=True)].view(n, -1)[:, :KEPT]
+    leading = torch.zeros_like(order, dtype=torch.bool)
+    leading[:, 0] = True
+    kept = order.reshape(-1)
+    best = _Rows(rows.image[kept], rows.klass[kept], rows.sign[kept], points[kept])
+    return best, leading.reshape(-1)
 
 
 def _with_starts(
-    rows: _Rows, ball: Ball, restarts: int, generator: torch.Generator, hints: Tensor | None
+    rows: _Rows,
+    leading: Tensor,
+    ball: Ball,
+    *,
+    restarts: int,
+    generator: torch.Generator,
+    hints: Tensor | None,
 ) -> _Rows:
-    starts = [rows.start]
-    if hints is not None and restarts > 1:
-        starts.append(hints[rows.image].to(rows.start.dtype))
-    shape = rows.start.shape
-    while len(starts) < max(restarts, 1):
-        noise = torch.rand(shape, generator=generator, dtype=torch.float32).to(rows.start)
-        starts.append(ball.centre[rows.image].to(rows.start) + ball.eps * (2.0 * noise - 1.0))
-    copies = len(starts)
+    """Each row once from its own start, and the leading ones from `restarts` - 1 more."""
+    which = leading.nonzero()[:, 0]
+    image = rows.image[which]
+    centres = ball.centre[image].to(rows.start)
+    starts: list[Tensor] = []
+    if hints is not None:
+        starts.append(hints[image].to(rows.start))
+    for _ in range(len(starts), restarts - 1):
+        noise = torch.rand(centres.shape, generator=generator).to(rows.start)
+        starts.append(centres + ball.eps * (2.0 * noise - 1.0))
+    starts = starts[: max(restarts - 1, 0)]
+    again = torch.cat(
+        (torch.arange(len(rows.image), device=which.device), which.repeat(len(starts)))
+    )
     return _Rows(
-        rows.image.repeat(copies), rows.klass.repeat(copies), rows.sign.repeat(copies),
-        torch.cat(starts),
+        rows.image[again], rows.klass[again], rows.sign[again], torch.cat((rows.start, *starts))
     )
 
 
 def _ascend(
     joint: Joint, ball: Ball, rows: _Rows, steps: int, rate: float
 ) -> tuple[Tensor, Tensor]:
-    """PGD on all rows, in chunks: the best points and their values."""
+    """PGD on all rows, in chunks, in float32: the best points and their values."""
     points, values = [], []
     dtype = torch.float32
     for at in range(0, len(rows.image), _ROWS):
@@ -151,8 +168,13 @@ def _ascend(
             return sign * (student - reference).gather(1, klass[:, None])[:, 0]
 
         found = ascend(
-            gap, ball.centre[image].to(dtype), eps=ball.eps, steps=steps, step=rate * ball.eps,
-            norm=ball.norm, start=start.to(dtype),
+            gap,
+            ball.centre[image].to(dtype),
+            eps=ball.eps,
+            steps=steps,
+            step=rate * ball.eps,
+            norm=ball.norm,
+            start=start.to(dtype),
         )
         points.append(found)
         with torch.no_grad():

@@ -33,7 +33,7 @@ class Margins:
     hi: Tensor
 
 
-def confidence(margins: Tensor) -> Tensor:
+def probability(margins: Tensor) -> Tensor:
     """p = 1 / (1 + Σ exp a_j) over the last axis."""
     return torch.sigmoid(-torch.logsumexp(margins, -1))
 
@@ -114,7 +114,9 @@ def _worst_point(box: Margins, weights: Tensor) -> _Point:
     value, which = values.transpose(0, 1).flatten(1).max(-1)
     rows = torch.arange(len(lo), device=lo.device)
     edge = which % len(corners)
-    at_top = ends[rows, edge].scatter(-1, free[edge][:, None], b.transpose(0, 1).flatten(1)[rows, which][:, None])
+    at_top = ends[rows, edge].scatter(
+        -1, free[edge][:, None], b.transpose(0, 1).flatten(1)[rows, which][:, None]
+    )
     at = torch.empty_like(lo).scatter_(-1, order, torch.cat((at_top, rest_at), -1))
     return _Point(value + rest, at)
 
@@ -122,10 +124,11 @@ def _worst_point(box: Margins, weights: Tensor) -> _Point:
 @cache
 def _edges(top: int, device: torch.device) -> Tensor:
     """For each free class, all ends of the other `top` - 1 classes: bool (top 2^(top-1))×top."""
-    rows = []
-    for j in range(top):
-        for ends in product((False, True), repeat=top - 1):
-            rows.append([*ends[:j], False, *ends[j:]])
+    rows = [
+        [*ends[:j], False, *ends[j:]]
+        for j in range(top)
+        for ends in product((False, True), repeat=top - 1)
+    ]
     return torch.tensor(rows, device=device)
 
 
@@ -146,7 +149,7 @@ def _rest(lo: Tensor, hi: Tensor, mu: Tensor, top: int) -> tuple[Tensor, Tensor]
 
 def interval_gap(high: Margins, low: Margins) -> Tensor:
     """Upper bound of p(a) - p(b) from the boxes alone: N."""
-    return confidence(high.lo) - confidence(low.hi)
+    return probability(high.lo) - probability(low.hi)
 
 
 def linked_gap(high: Margins, low: Margins, difference: Margins) -> Tensor:
