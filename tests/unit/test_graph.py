@@ -8,11 +8,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import helper
 
 import toys
 from mlflow_kdguard import graph
 from mlflow_kdguard.errors import ModelError
+from mlflow_kdguard.nets import convert
 
 DRAW = np.random.default_rng(0)
 
@@ -31,11 +33,16 @@ def runtime(data: bytes, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def agree(
     model: onnx.ModelProto, shape: tuple[int, ...], *, require_clip: bool = True
 ) -> graph.Graph:
-    """Our reading and onnxruntime's on the same bytes and images."""
+    """Our reading, onnxruntime's and the torch module's on the same bytes and images."""
     data = model.SerializeToString()
     read = graph.read(data, where="toy", require_clip=require_clip)
     x = (3 * DRAW.random((5, *shape)) - 1).astype(np.float32)
-    np.testing.assert_allclose(graph.evaluate(read, x), runtime(data, x), rtol=1e-5, atol=1e-5)
+    logits = graph.evaluate(read, x)
+    np.testing.assert_allclose(logits, runtime(data, x), rtol=1e-5, atol=1e-5)
+    module = convert.to_torch(read, dtype=torch.float64)
+    with torch.no_grad():
+        converted = module(torch.from_numpy(x).double()).numpy()
+    np.testing.assert_allclose(converted, logits, rtol=1e-11, atol=1e-11)
     return read
 
 
