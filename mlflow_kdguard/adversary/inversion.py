@@ -23,6 +23,8 @@ from mlflow_kdguard.records import Progress, Rate, silent
 
 _AT_ONCE = 1024
 """Images in one forward pass."""
+_EDGE = 1e-6
+"""How far inside of [0,1] gradients are taken."""
 _STEP = 0.2
 """Step of the search as a share of the radius."""
 
@@ -158,23 +160,30 @@ class _Search:
                     other[torch.randint(len(other), (batch,), generator=generator)]
                     for other, generator in zip(others, generators, strict=True)
                 ]
-                gradient = _gradient(self.net, x[torch.cat(drawn).to(x.device)], labels, delta)
+                gradient = slope(self.net, x[torch.cat(drawn).to(x.device)], labels, delta)
                 delta = descend(delta, gradient, step=self.step, radius=self.radius)
         return delta
 
 
-def _gradient(net: nn.Module, images: Tensor, labels: Tensor, delta: Tensor) -> Tensor:
-    delta = delta.detach().requires_grad_(True)
-    spread = delta.repeat_interleave(len(images) // len(delta), dim=0)
-    logits = net((images + spread).clamp(0.0, 1.0))
-    loss = functional.cross_entropy(logits, labels, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss, delta)
+def slope(net: nn.Module, images: Tensor, labels: Tensor, delta: Tensor) -> Tensor:
+    """∇_δ of the summed cross-entropy towards `labels`, T×C×H×W for T patterns.
+
+    images: N×C×H×W with N = T·(images a pattern), in the order of the patterns. A pixel at exactly
+    0 or 1 counts as movable: torch's clamp has no gradient there, and most pixels of a scanned
+    digit are exactly 0, so the gradient is taken a hair inside of both limits.
+    Raises NonFiniteError.
+    """
+    moved = images + delta.repeat_interleave(len(images) // len(delta), dim=0)
+    point = moved.clamp(_EDGE, 1.0 - _EDGE).detach().requires_grad_(True)
+    loss = functional.cross_entropy(net(point), labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, point)
     if not torch.isfinite(gradient).all():
         raise NonFiniteError(
             "the network's gradient is not finite during inversion.",
             remedy="Check the model's weights and outputs.",
         )
-    return gradient
+    movable = gradient * ((moved >= 0.0) & (moved <= 1.0))
+    return movable.reshape(len(delta), -1, *delta.shape[1:]).sum(1)
 
 
 def _others(y: Tensor, target: int) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mlflow_kdguard.adversary.inversion import descend
+from mlflow_kdguard.adversary.inversion import descend, slope
 from mlflow_kdguard.config import DetoxSection
 from mlflow_kdguard.detox.keep import keep
 from mlflow_kdguard.detox.loop import drive
@@ -78,7 +78,9 @@ class _Training:
             bank[slot] = fresh * (_START * radius / fresh.norm())
         others = x[y != target]
         if len(others):
-            gradient = _gradient(self.module, others, bank[slot], target)
+            labels = torch.full((len(others),), target, device=bank.device)
+            self.module.eval()
+            gradient = slope(self.module, others, labels, bank[slot : slot + 1])[0]
             bank[slot] = descend(bank[slot], gradient, step=_STEP * radius, radius=radius)
         return bank[slot].clone()
 
@@ -105,13 +107,3 @@ def cleanse(state: State, work: Work) -> State:
         device=work.device,
         details={"bank_norms": [round(float(norm), 6) for norm in norms]},
     )
-
-
-def _gradient(net: nn.Module, images: Tensor, delta: Tensor, target: int) -> Tensor:
-    """∇_δ of the cross-entropy towards the target, in evaluation mode."""
-    net.eval()
-    delta = delta.detach().clone().requires_grad_(True)
-    labels = torch.full((len(images),), target, device=images.device)
-    loss = functional.cross_entropy(net((images + delta).clamp(0.0, 1.0)), labels)
-    (gradient,) = torch.autograd.grad(loss, delta)
-    return gradient

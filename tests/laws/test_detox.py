@@ -111,7 +111,7 @@ def test_the_reference_of_the_whole_chain_exports_as_it_is(
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("row", [name for name in extensions.names("detox")])
+@pytest.mark.parametrize("row", extensions.names("detox"))
 @pytest.mark.parametrize("arch", ["mlp:12,10", "cnn:4,6"])
 def test_a_row_leaves_the_teacher_alone_repeats_and_counts(
     row: str, arch: str, tmp_path: Path

@@ -116,7 +116,7 @@ def test_a_step_that_is_never_good_leaves_nothing_behind(
 
 def test_the_limit_counts_images_of_the_resulting_reference() -> None:
     """A copy that forgets everything is kept where the cap restores the reference, else undone."""
-    x, y = toys.digits(100)
+    x, _ = toys.digits(100)
     teacher = toys.cnn()
     with torch.no_grad():
         labels = teacher(torch.from_numpy(x)).argmax(1).numpy()

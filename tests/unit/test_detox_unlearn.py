@@ -52,11 +52,11 @@ def test_the_chain_removes_a_planted_backdoor(
     raw, attacked = accuracy(net, test, device=CPU).rate, success(net, test)
     assert attacked > 0.9
     config = DetoxSection(
-        unlearn_steps=80, unlearn_radius=1.6, mask_steps=60, batch=64, max_drop=0.1, bank=2
+        unlearn_steps=160, unlearn_radius=1.2, mask_steps=60, batch=64, max_drop=0.1, bank=2
     )
     done = detox.cleanse(net, clean, suspects=(TARGET,), config=config, seed=0, device=CPU)
     assert success(done.reference, test) < 0.1
-    assert accuracy(done.reference, test, device=CPU).rate > raw - 0.08
+    assert accuracy(done.reference, test, device=CPU).rate > raw - 0.1
     assert success(net, test) == attacked  # the teacher itself is untouched
 
 

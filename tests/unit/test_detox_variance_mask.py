@@ -115,9 +115,7 @@ def test_training_moves_masks_only_and_lowers_the_variance(preset: str, tmp_path
     config = DetoxSection(
         chain=("variance_mask",), preset=preset, mask_steps=25, max_drop=1.0, batch=32
     )
-    done = detox.cleanse(
-        net, data, suspects=(), config=config, seed=0, device=CPU, folder=tmp_path
-    )
+    done = detox.cleanse(net, data, suspects=(), config=config, seed=0, device=CPU, folder=tmp_path)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     copied = done.copy.state_dict()
     for name, value in before.items():  # every weight and batch norm statistic is in the copy

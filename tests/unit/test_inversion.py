@@ -40,9 +40,7 @@ def test_on_a_linear_net_of_two_classes_the_pattern_is_the_weight_difference() -
     weight = torch.randn(2, 16, generator=generator())
     x = torch.full((8, 1, 4, 4), 0.5)  # far from 0 and 1: no clipping
     y = torch.zeros(8, dtype=torch.int64)
-    found = invert(
-        linear(weight), x, y, 1, radius=0.3, steps=30, batch=4, generator=generator()
-    )
+    found = invert(linear(weight), x, y, 1, radius=0.3, steps=30, batch=4, generator=generator())
     best = (weight[1] - weight[0]) / (weight[1] - weight[0]).norm() * 0.3
     assert torch.allclose(found.delta.flatten(), best, atol=1e-5)
 
@@ -66,14 +64,31 @@ def test_a_planted_shortcut_is_the_class_with_the_largest_rate() -> None:
     with torch.no_grad():
         net[1].bias.copy_(-(means**2).sum(1))
         net[1].weight[6, 7] += 40.0  # the upper right corner, which is black in digits
-    found = invert_all(
-        net, x, y, classes=10, radius=0.6, steps=15, batch=32, generator=generator()
-    )
+    found = invert_all(net, x, y, classes=10, radius=0.6, steps=15, batch=32, generator=generator())
     rates = [each.rate.rate for each in found]
     assert max(range(10), key=rates.__getitem__) == 6
     assert rates[6] == 1.0
     assert sorted(rates)[-2] < 0.5
     assert found[6].delta.flatten().abs().argmax() == 7
+
+
+def test_pixels_at_exactly_black_and_white_can_be_moved() -> None:
+    """torch's clamp has no gradient at its limits, where most pixels of real digits lie."""
+    weight = torch.zeros(2, 16)
+    weight[1, 0], weight[1, 5] = 1.0, -1.0  # class 1 wants pixel 0 up and pixel 5 down
+    body = linear(weight)
+
+    class Clamped(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return body(x.clamp(0.0, 1.0))
+
+    x = torch.zeros(6, 1, 4, 4)
+    x[:, 0, 1, 1] = 1.0
+    y = torch.zeros(6, dtype=torch.int64)
+    found = invert(Clamped(), x, y, 1, radius=0.5, steps=8, batch=4, generator=generator())
+    delta = found.delta.flatten()
+    assert delta[0] == pytest.approx(0.5**1.5, abs=1e-4)  # 0.5 / sqrt(2)
+    assert delta[5] == pytest.approx(-(0.5**1.5), abs=1e-4)
 
 
 def test_grouping_of_classes_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
