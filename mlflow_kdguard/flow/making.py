@@ -205,7 +205,7 @@ def exported(work: Work, trained: Entry, shown: Images) -> Entry:
             trained.path("weights.safetensors"), architecture=None, trust_code=work.grant.trust_code
         )
         record = export_net(work, net, entry.path(STUDENT), shown.test)
-        return Produced([STUDENT], {"export": record.document()})
+        return Produced([STUDENT], {"export": record.document()}, documents=(record.document(),))
 
     return work.stage("export", inputs, compute)
 

@@ -4,6 +4,7 @@ Nothing here reads a model through an MLflow flavor: what a version holds is byt
 """
 
 import logging
+import os
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ __all__ = ["RULES", "Bundle", "Registered", "Registry", "Run", "metrics_of"]
 
 log = logging.getLogger(__name__)
 
+_PROJECT_RUN = "MLFLOW_RUN_ID"  # set by `mlflow run`
 _TOKEN = "mlflow-token"  # noqa: S105  (the name of a file, not a secret)
 
 
@@ -73,15 +75,22 @@ class Registry:
             marks = {STAGE: "pipeline", **(tags or {})}
             if work_dir is not None and token is not None:
                 marks |= {WORK: token, WORK_DIR: str(work_dir.absolute())}
-            if parent is not None:
-                marks[MLFLOW_PARENT_RUN_ID] = parent.id
+            above = parent.id if parent is not None else os.environ.get(_PROJECT_RUN)
+            if above:
+                marks[MLFLOW_PARENT_RUN_ID] = above
             run = create(self._connection, self.experiment_id(), name, marks)
         with ended(run):
             yield run
 
     def experiment_id(self) -> str:
-        """The experiment's id; it is created where it is missing."""
+        """The experiment's id; it is created where it is missing.
+
+        Inside `mlflow run`, it is the experiment of the project's run, below which ours nest.
+        """
         client = self._connection.client
+        if project := os.environ.get(_PROJECT_RUN):
+            with self._connection.answering(f"find the project's run {project}"):
+                return str(client.get_run(project).info.experiment_id)
         with self._connection.answering(f"open the experiment {self._experiment}"):
             found = client.get_experiment_by_name(self._experiment)
             if found is None:

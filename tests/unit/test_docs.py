@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
+
 from mlflow_kdguard_cli.main import cli
 
 ROOT = Path(__file__).parents[2]

