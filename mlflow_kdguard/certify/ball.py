@@ -61,7 +61,8 @@ class Ball:
             offset = moved - self.centre
             length = torch.linalg.vector_norm(offset.flatten(1), dim=1).clamp(min=1e-300)
             shrink = (self.eps * (1.0 - 1e-9) / length).clamp(max=1.0)
+            lo, hi = torch.zeros_like(moved), torch.ones_like(moved)
             moved = self.centre + offset * shrink.view(-1, 1, 1, 1)
-            return moved.clamp(0.0, 1.0)
-        lo, hi = self.inner()
-        return moved.clamp(lo, hi)
+        else:
+            lo, hi = self.inner()
+        return torch.minimum(torch.maximum(moved, lo), hi)

@@ -38,9 +38,11 @@ def refined(relaxed: Relaxed, rows: Rows, begin: Parameters) -> tuple[Tensor, Te
         start = [value.repeat(2, *[1] * (value.dim() - 1)) for value in start]
     neurons = sum(lines.upper_slope[0].numel() for lines in relaxed.lines.values())
     size = max(8, _CHUNK_BYTES // (8 * _COPIES * max(neurons, 1)))
-    found = []
-    for which in torch.arange(len(start[1]), device=start[1].device).split(size):
-        found.append(_bound(relaxed, parts.take(which), [value[which] for value in start]))
+    each = torch.arange(len(start[1]), device=start[1].device)
+    found = [
+        _bound(relaxed, parts.take(which), [value[which] for value in start])
+        for which in torch.split(each, size)
+    ]
     bound = torch.cat([part[0] for part in found]).view(-1, n)
     corner = torch.cat([part[1] for part in found])
     largest, part = bound.max(0)
