@@ -1,0 +1,1 @@
+"""Which statistic of universal inversion separates, and whether shadow networks calibrate it."""
