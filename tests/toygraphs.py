@@ -26,7 +26,11 @@ class Net:
         self.scale = scale
 
     def add(
-        self, kind: Callable[..., Layer], inputs: Sequence[str], shape: tuple[int, ...], **constants: Any
+        self,
+        kind: Callable[..., Layer],
+        inputs: Sequence[str],
+        shape: tuple[int, ...],
+        **constants: Any,
     ) -> str:
         name = f"{kind.__name__.lower()}{len(self.layers)}"
         self.layers.append(kind(name=name, inputs=tuple(inputs), shape=shape, **constants))
@@ -159,9 +163,7 @@ def capped(seed: int, *, scale: float = 1.0) -> Graph:
     """The margin cap of two small networks for class 0, as it is exported."""
     net = Net((1, 1, 2), seed, scale)
     pixels = net.flat(net.clip())
-    p, d = (
-        net.affine(net.relu(net.affine(pixels, 5)), CLASSES) for _ in range(2)
-    )
+    p, d = (net.affine(net.relu(net.affine(pixels, 5)), CLASSES) for _ in range(2))
 
     def largest(at: str) -> str:
         return net.both(graph.Maximum, net.select(at, [1]), net.select(at, [2]))
@@ -224,10 +226,10 @@ def brute(
     else:
         points = lo + draw.random((600, *x.shape)) * (hi - lo)
         points[::2] = np.where(draw.random((300, *x.shape)) < 0.5, lo, hi)
-    best = 0.0
-    for radius in (None, 0.3, 0.1, 0.03):
-        if radius is not None:
-            near = top + (draw.random((400, *x.shape)) * 2 - 1) * radius * (hi - lo)  # noqa: F821
+    best, top = -1.0, x
+    for radius in (1.0, 0.3, 0.1, 0.03):
+        if radius < 1.0:
+            near = top + (draw.random((400, *x.shape)) * 2 - 1) * radius * (hi - lo)
             points = np.clip(near, lo, hi)
         if norm == "l2":
             offset = points - x
@@ -235,6 +237,6 @@ def brute(
             points = np.clip(x + offset * np.minimum(1.0, eps * (1 - 1e-12) / length), 0.0, 1.0)
         found = gaps(reference, student, points)
         score = found.max(1) if klass is None else found[:, klass]
-        if radius is None or score.max() > best:
+        if score.max() > best:
             best, top = float(score.max()), points[score.argmax()]
     return best

@@ -17,7 +17,7 @@ from mlflow_kdguard import extensions, graph
 from mlflow_kdguard.certify.ball import Ball
 from mlflow_kdguard.certify.joint import Joint, join
 from mlflow_kdguard.certify.relax import Bound, Bounds
-from mlflow_kdguard.certify.report import Judged, Question, summarise
+from mlflow_kdguard.certify.report import SKIPPED, Judged, Question, summarise
 from mlflow_kdguard.certify.witness import Effort, attained, search, softmax
 from mlflow_kdguard.config import CertifySection
 from mlflow_kdguard.data import Dataset
@@ -144,7 +144,7 @@ def _judge(
         upper, nodes = found.upper.cpu().numpy(), found.nodes
         _check_sound(part, lower, upper, question.method)
     seconds = (time.perf_counter() - began) / len(part)
-    method = "skipped" if bound is None else question.method
+    method = SKIPPED if bound is None else question.method
     return [
         Judged(int(i), int(label), p, float(lo), float(hi), method, nodes, seconds)
         for i, label, p, lo, hi in zip(part, labels, confidences, lower, upper, strict=True)

@@ -19,6 +19,9 @@ from mlflow_kdguard.records import (
     Status,
 )
 
+SKIPPED = "skipped"
+"""Method of an image for which no time was left."""
+
 SHARES = (0.05, 0.1, 0.2, 0.3)
 """Gaps that the summary gives shares for, beside delta."""
 
@@ -71,7 +74,7 @@ class Judged:
         """PROVED needs upper <= delta, REFUTED lower > delta, on an image the reference gets."""
         if self.top != self.label:
             return Status.MISCLASSIFIED
-        if self.upper <= delta:
+        if self.upper <= delta and self.method != SKIPPED:
             return Status.PROVED
         return Status.REFUTED if self.lower > delta else Status.UNDECIDED
 
@@ -127,7 +130,7 @@ def _summary(judged: list[Judged], delta: float) -> CertifySummary:
     upper bound lies within the limit: at delta it is the share of PROVED.
     """
     upper = np.array([item.upper for item in judged])
-    right = np.array([item.top == item.label for item in judged])
+    right = np.array([item.top == item.label and item.method != SKIPPED for item in judged])
     return CertifySummary(
         n=len(judged),
         lower_mean=float(np.mean([item.lower for item in judged])),

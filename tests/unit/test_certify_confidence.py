@@ -1,0 +1,109 @@
+"""Constants of the Lagrangian split against sampling, and the closed forms they must meet."""
+
+import math
+
+import pytest
+import torch
+
+from mlflow_kdguard.certify import confidence
+from mlflow_kdguard.certify.confidence import Margins
+
+M = (1, 2, 4, 8)
+
+
+def boxes(n: int, m: int, seed: int, width: float = 3.0) -> Margins:
+    generator = torch.Generator().manual_seed(seed)
+    middle = 3.0 * torch.randn((n, m), generator=generator, dtype=torch.float64) - 1.0
+    radius = width * torch.rand((n, m), generator=generator, dtype=torch.float64) ** 2
+    return Margins(middle - radius, middle + radius)
+
+
+def samples(box: Margins, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    for number in range(300):
+        share = torch.rand(box.lo.shape, generator=generator, dtype=torch.float64)
+        share = share.round() if number % 2 else share
+        yield box.lo + share * (box.hi - box.lo)
+
+
+def drawn_weights(n: int, m: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand((n, m), generator=generator, dtype=torch.float64) ** 4 * 0.3
+
+
+@pytest.mark.parametrize("m", M)
+def test_lower_constant_is_above_every_sample(m):
+    box, weights = boxes(40, m, 1), drawn_weights(40, m, 2)
+    constant = confidence.lower_constant(box, weights)
+    for b in samples(box, 3):
+        value = -confidence.probability(b) - (weights * b).sum(-1)
+        assert bool((constant >= value - 1e-12).all())
+
+
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_lower_constant_is_attained(m):
+    """Up to five classes it is the exact supremum: a grid comes close."""
+    box, weights = boxes(20, m, 4), drawn_weights(20, m, 5)
+    constant = confidence.lower_constant(box, weights)
+    ticks = torch.linspace(0, 1, {1: 2001, 2: 201, 4: 17}[m], dtype=torch.float64)
+    grid = torch.cartesian_prod(*[ticks] * m).reshape(-1, 1, m)
+    b = box.lo + grid * (box.hi - box.lo)
+    best = (-confidence.probability(b) - (weights * b).sum(-1)).amax(0)
+    torch.testing.assert_close(constant, best, atol={1: 1e-6, 2: 1e-4, 4: 1e-2}[m], rtol=0)
+
+
+def test_lower_constant_follows_its_multipliers():
+    """The gradient is minus the worst point (envelope theorem), as finite differences say."""
+    box = boxes(30, 4, 6)
+    weights = (drawn_weights(30, 4, 7) + 1e-3).requires_grad_()
+    (slope,) = torch.autograd.grad(confidence.lower_constant(box, weights).sum(), weights)
+    step = 1e-7
+    moved = confidence.lower_constant(box, weights + step * torch.eye(4, dtype=torch.float64)[0])
+    numeric = (moved - confidence.lower_constant(box, weights)) / step
+    torch.testing.assert_close(slope[:, 0], numeric.detach(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("m", M)
+def test_upper_plane_is_above_every_sample(m):
+    box = boxes(40, m, 8)
+    at = box.lo + 0.3 * (box.hi - box.lo)
+    slope = torch.logspace(-6, math.log10(0.25), 40, dtype=torch.float64)
+    plane = confidence.upper_plane(box, at, slope)
+    assert bool((plane.weights <= 0.0).all())
+    for a in samples(box, 9):
+        bound = (plane.weights * a).sum(-1) + plane.constant
+        assert bool((bound >= confidence.probability(a) - 1e-12).all())
+
+
+def test_upper_plane_touches_where_it_is_concave():
+    """Above one half the confidence is concave, and its tangent is exact at the point."""
+    at = torch.tensor([[-3.0, -2.5]], dtype=torch.float64)
+    box = Margins(at - 0.5, at + 0.5)
+    p = confidence.probability(at)
+    plane = confidence.upper_plane(box, at, p * (1 - p))
+    assert float((plane.weights * at).sum() + plane.constant[0]) == pytest.approx(float(p[0]))
+
+
+def test_gaps_from_boxes_and_links_hold_for_every_pair_of_samples():
+    high, shift = boxes(60, 4, 10), boxes(60, 4, 11, width=0.2)
+    shift = Margins(shift.lo / 20, shift.hi / 20)
+    low = Margins(high.lo - shift.hi, high.hi - shift.lo)
+    plain, linked = confidence.interval_gap(high, low), confidence.linked_gap(high, low, shift)
+    for a, d in zip(samples(high, 12), samples(shift, 13), strict=True):
+        gap = confidence.probability(a) - confidence.probability(a - d)
+        assert bool((plain >= gap - 1e-12).all())
+        assert bool((linked >= gap - 1e-12).all())
+
+
+def test_the_link_is_tanh_of_a_quarter_of_the_difference():
+    wide = Margins(torch.full((1, 3), -9.0).double(), torch.full((1, 3), 9.0).double())
+    shift = Margins(torch.full((1, 3), -0.8).double(), torch.full((1, 3), 0.1).double())
+    linked = float(confidence.linked_gap(wide, wide, shift)[0])
+    assert linked == pytest.approx(math.tanh(0.8 / 4))
+
+
+def test_margins_beyond_the_range_of_exp_stay_numbers():
+    box = Margins(torch.full((2, 9), -1e4).double(), torch.full((2, 9), 1e4).double())
+    constant = confidence.lower_constant(box, torch.full((2, 9), 1e-5).double())
+    assert bool(torch.isfinite(constant).all())
+    assert bool((constant >= -1e-12).all())
