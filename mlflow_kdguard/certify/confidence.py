@@ -42,9 +42,11 @@ def margin(classes: int, weights: Tensor, box: Margins) -> Tensor:
     """A-priori rounding error of a constant with multipliers `weights` (N×m): N.
 
     Every exp, log and division of the libraries is taken to be within 4 units in the last place.
+    The log-odds themselves are sums of products of margins, and move the confidence by at most a
+    quarter of their error, whatever the multipliers are.
     """
-    size = torch.maximum(box.lo.abs(), box.hi.abs())
-    return gamma(64 + 8 * classes) * (4.0 + (weights.abs() * size).sum(-1))
+    size = torch.maximum(box.lo.abs(), box.hi.abs()).amax(-1)
+    return gamma(64 + 8 * classes) * (4.0 + (1.0 + weights.abs().sum(-1)) * size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

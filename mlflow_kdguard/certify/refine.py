@@ -52,7 +52,7 @@ def refined(relaxed: Relaxed, rows: Rows, begin: Parameters) -> tuple[Tensor, Te
 
 def _bound(relaxed: Relaxed, rows: Rows, begin: Parameters) -> tuple[Tensor, Tensor]:
     """The least bound seen in a few steps, and where it is attained."""
-    own = _Own.of(relaxed, rows)
+    own = Own.of(relaxed, rows)
     parameters = [value.clone().requires_grad_() for value in begin]
     optimiser = torch.optim.Adam(
         [
@@ -82,7 +82,7 @@ def _bound(relaxed: Relaxed, rows: Rows, begin: Parameters) -> tuple[Tensor, Ten
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Own:
+class Own:
     """A relaxation with one image a row, so that each row has its own slopes.
 
     `slopes`: free lower slopes of bent operations, `open_`: where they apply.
@@ -95,7 +95,7 @@ class _Own:
     fixed: dict[Index, Tensor]
 
     @classmethod
-    def of(cls, relaxed: Relaxed, rows: Rows) -> "_Own":
+    def of(cls, relaxed: Relaxed, rows: Rows) -> "Own":
         """Every row its own image, with slopes to start with."""
         image, ball = rows.items.image, relaxed.ball
         lines = {index: value.rows(image) for index, value in relaxed.lines.items()}
@@ -107,7 +107,12 @@ class _Own:
             lines,
         )
         each = torch.arange(len(image), device=image.device)
-        open_ = {i: (v.upper_slope > 0.0) & (v.upper_slope < 1.0) for i, v in lines.items()}
+        # Lines with an intercept below (Clip within a network) are fitted to their slope: kept.
+        open_ = {
+            i: (v.upper_slope > 0.0) & (v.upper_slope < 1.0)
+            for i, v in lines.items()
+            if v.lower_shift is None
+        }
         fixed = {i: lines[i].lower_slope for i, free in open_.items() if bool(free.any())}
         slopes = {i: value.clone().requires_grad_() for i, value in fixed.items()}
         return cls(alone, replace(rows, items=Items(each, rows.items.klass)), slopes, open_, fixed)

@@ -9,10 +9,14 @@ import toygraphs
 from mlflow_kdguard import graph
 from mlflow_kdguard.certify import ops
 from mlflow_kdguard.certify.ball import Ball
+from mlflow_kdguard.certify.confidence import Margins
 from mlflow_kdguard.certify.forms import Form, add, clean, dense, one_hot
 from mlflow_kdguard.certify.joint import Joint, join
 from mlflow_kdguard.certify.lines import around
+from mlflow_kdguard.certify.margins import Items
 from mlflow_kdguard.certify.propagate import relax
+from mlflow_kdguard.certify.refine import Own
+from mlflow_kdguard.certify.split import Rows
 from mlflow_kdguard.errors import ModelError, NonFiniteError
 
 CPU = torch.device("cpu")
@@ -140,6 +144,44 @@ def test_boxes_of_all_layers_hold_and_tightening_only_narrows(kind, tighten):
             assert bool((box.lo <= value).all())
             assert bool((value <= box.hi).all())
             assert bool((box.lo >= wide.lo - 1e-9).all())
+
+
+@pytest.mark.parametrize("kind", ["pooled", "capped"])
+def test_any_slope_that_refinement_may_try_gives_sound_lines(kind):
+    """A clip within a network has an intercept below that fits one slope only."""
+    joint = join(toygraphs.KINDS[kind](3), toygraphs.KINDS[kind](4), device=CPU)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand((2, *joint.input_shape), generator=generator, dtype=torch.float64)
+    known = relax(joint, Ball.around(x, eps=0.3), tighten=False)
+    image = torch.tensor([0, 1, 1])
+    own = Own.of(known, _rows(joint, image))
+    assert own.slopes
+    for slope in own.slopes.values():
+        slope.data.uniform_(0.0, 1.0, generator=generator)
+    own.install()
+    for index, lines in own.relaxed.lines.items():
+        op = joint.ops[index]
+        low, high = (op.low, op.high) if isinstance(op, ops.Clip) else (0.0, float("inf"))
+        boxes = [known.boxes[i] for i in op.inputs]
+        lo, hi = boxes[0].lo[image], boxes[0].hi[image]
+        if len(boxes) == 2:
+            lo, hi = lo - boxes[1].hi[image], hi - boxes[1].lo[image]
+        for share in torch.linspace(0, 1, 21, dtype=torch.float64):
+            z = lo + share * (hi - lo)
+            below = lines.lower_slope * z + (
+                0.0 if lines.lower_shift is None else lines.lower_shift
+            )
+            above = lines.upper_slope * z + lines.upper_shift
+            assert bool((below - 1e-12 <= z.clamp(low, high)).all())
+            assert bool((z.clamp(low, high) <= above + 1e-12).all())
+
+
+def _rows(joint: Joint, image: Tensor) -> Rows:
+    m = joint.classes - 1
+    box = Margins(*(torch.full((len(image), m), end, dtype=torch.float64) for end in (-1.0, 1.0)))
+    plane = torch.zeros(len(image), m, 2), torch.zeros(len(image), m)
+    items = Items(image, torch.zeros_like(image))
+    return Rows(items, image[:, None] == 0, box, box, box, (plane, plane))
 
 
 def test_weights_that_overflow_are_refused():

@@ -1,0 +1,1 @@
+"""How tight and how fast the certified confidence gap is."""
