@@ -22,6 +22,7 @@ from mlflow_kdguard.config import DetoxSection
 from mlflow_kdguard.detox.keep import keep
 from mlflow_kdguard.detox.loop import drive
 from mlflow_kdguard.detox.state import State, Work
+from mlflow_kdguard.errors import NonFiniteError
 from mlflow_kdguard.training.run import one_cycle
 
 NAME = "unlearn"
@@ -80,7 +81,13 @@ class _Training:
         if len(others):
             labels = torch.full((len(others),), target, device=bank.device)
             self.module.eval()
-            gradient = slope(self.module, others, labels, bank[slot : slot + 1])[0]
+            try:
+                gradient = slope(self.module, others, labels, bank[slot : slot + 1])[0]
+            except NonFiniteError as error:
+                raise NonFiniteError(
+                    f"{NAME} diverged: not finite by step {step + 1} of {self.steps}.",
+                    remedy="Lower its learning rate (detox.unlearn_lr).",
+                ) from error
             bank[slot] = descend(bank[slot], gradient, step=_STEP * radius, radius=radius)
         return bank[slot].clone()
 

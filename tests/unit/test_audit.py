@@ -11,18 +11,16 @@ import torch
 from torch import nn
 
 import toys
-from mlflow_kdguard import audit, extensions, features, intervals
+from mlflow_kdguard import audit, extensions, intervals
 from mlflow_kdguard.adversary.inversion import Inverted
 from mlflow_kdguard.audit import calibration
 from mlflow_kdguard.audit.calibration import Calibration, Regime
 from mlflow_kdguard.audit.inversion import halves, trigger
-from mlflow_kdguard.audit.variance import variances
 from mlflow_kdguard.config import AuditSection, Loop
 from mlflow_kdguard.data import Dataset
 from mlflow_kdguard.errors import ConfigError, DataError, ModelError, NonFiniteError, UsageError
-from mlflow_kdguard.nets.taps import Taps, auto
 from mlflow_kdguard.nets.zoo import Classifier
-from mlflow_kdguard.records import Finding, Rate, Source, silent
+from mlflow_kdguard.records import Finding, Rate, Source
 from mlflow_kdguard.triggers import Trigger
 
 CPU = torch.device("cpu")
@@ -74,46 +72,6 @@ def made(net: Classifier, null: tuple[float, ...], **options: object) -> Calibra
 def calibrated(path: Path, record: Calibration, **options: object) -> AuditSection:
     calibration.write_json(path, record.document())
     return FAST.model_copy(update={"calibration": str(path), **options})
-
-
-# ── variance ────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("arch", toys.ARCHES)
-def test_variances_over_parts_are_those_of_one_batch(
-    arch: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    net, data = toys.net(arch), digits(50)
-    question = audit.Question(data, FAST, 0, CPU, silent)
-    monkeypatch.setattr("mlflow_kdguard.audit.variance._IMAGES", 7)
-    found = variances(net, question)
-    names = auto(net, data.shape)
-    with torch.no_grad(), Taps(net, names) as taps:
-        net(torch.from_numpy(data.x))
-    assert tuple(found) == names
-    for name in names:
-        for reading in features.READINGS:
-            whole = float(features.variance(taps.features[name].double(), reading))
-            assert found[name][reading] == pytest.approx(whole, rel=1e-4)
-
-
-def test_variance_never_decides() -> None:
-    done = examined(toys.cnn(), FAST.model_copy(update={"detectors": ("variance",)}))
-    (finding,) = done.report.detectors
-    assert set(finding.details["layers"]) == set(auto(toys.cnn(), (1, 8, 8)))
-    assert not finding.flagged
-    assert finding.p_value is None
-    assert done.report.verdict == "undecided"
-    assert done.recovered == ()
-
-
-def test_a_net_without_layers_to_tap_says_so() -> None:
-    class Bare(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x.flatten(1)[:, :10]
-
-    done = examined(Bare(), FAST.model_copy(update={"detectors": ("variance",)}))
-    assert "no feature map" in done.report.detectors[0].details["why"]
 
 
 # ── inversion and its verdict ───────────────────────────────────────────────────────────────────
