@@ -11,6 +11,9 @@ from mlflow_kdguard.errors import ConfigError
 
 Norm = Literal["linf", "l2"]
 
+_EDGE = 1e-6
+"""How far inside of the limits gradients are taken."""
+
 
 def ascend(
     objective: Callable[[Tensor], Tensor],
@@ -40,7 +43,9 @@ def ascend(
     point = _project(_start(x, start, eps, norm, generator), x, eps, norm).clamp(low, high)
     best, score = point, torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
     for number in range(steps if last else steps + 1):
-        moving = point.detach().requires_grad_(True)
+        # A network's own clamp has no gradient at exactly low and high, where most pixels of a
+        # scanned digit lie: they would never move.
+        moving = point.clamp(low + _EDGE, high - _EDGE).detach().requires_grad_(True)
         with torch.enable_grad(), FastSlopes():
             value = objective(moving)
         if not last:

@@ -113,3 +113,11 @@ def test_unknown_norms_and_missing_generators_are_configuration_errors() -> None
         ascend(wavy, images(), eps=0.1, steps=1, norm="l1")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="generator"):
         ascend(wavy, images(), eps=0.1, steps=1, start="random")
+
+
+def test_pixels_at_the_limits_move_through_a_network_that_clamps() -> None:
+    """torch's clamp has no gradient at exactly 0 and 1, where scanned digits have most pixels."""
+    x = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    found = ascend(lambda z: (z.clamp(0, 1) * signs).sum(1), x, eps=0.1, steps=5)
+    assert torch.allclose(found, torch.tensor([[0.1, 0.0, 0.9, 1.0]]))
