@@ -64,11 +64,13 @@ def test_the_best_point_ever_visited_is_returned_row_by_row(seed: int) -> None:
 
     found = ascend(score, x, eps=0.2, steps=9, step=0.15)
     assert len(visited) == 10
-    assert torch.equal(visited[0][0], x)
+    close = {"rtol": 0.0, "atol": 1e-4}  # scores are taken 1e-6 inside of the limits
+    assert torch.allclose(visited[0][0], x, rtol=0.0, atol=1e-6)
     scores = torch.stack([value for _, value in visited])
-    assert torch.equal(wavy(found), scores.amax(0))
-    assert (wavy(found) >= wavy(x)).all()
-    assert torch.equal(ascend(wavy, x, eps=0.2, steps=9, step=0.15, last=True), visited[-1][0])
+    assert torch.allclose(wavy(found), scores.amax(0), **close)
+    assert (wavy(found) >= wavy(x) - 1e-4).all()
+    last = ascend(wavy, x, eps=0.2, steps=9, step=0.15, last=True)
+    assert torch.allclose(last, visited[-1][0], rtol=0.0, atol=2e-6)
 
 
 def test_a_score_that_is_not_a_number_is_never_the_best() -> None:
