@@ -1,1 +1,1 @@
-"""Searches for the inputs that a network answers worst: pgd (one image), inversion (all at once)."""
+"""Searches for inputs that a network answers worst: pgd (one image), inversion (all at once)."""

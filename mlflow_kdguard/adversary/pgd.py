@@ -32,10 +32,11 @@ def ascend(
     """The images within `eps` of `x`, and in [low, high], at which `objective` was largest.
 
     `objective` maps N×… images to N scores; the best point ever visited is kept row by row, the
-    start included (scores are taken 1e-6 inside of the limits). `last` returns the last iterate instead and saves the final evaluation, which
-    is what training wants. `step` defaults to 2.5·eps/steps. `start` is the image itself, a
-    random point of the ball (drawn from `generator`), or given points. Raises ConfigError for an
-    unknown norm or a random start without a generator.
+    start included (scores are taken 1e-6 inside of the limits). `last` returns the last iterate
+    instead and saves the final evaluation, which is what training wants. `step` defaults to
+    2.5·eps/steps. `start` is the image itself, a random point of the ball (drawn from
+    `generator`), or given points. Raises ConfigError for an unknown norm or a random start
+    without a generator.
     """
     if norm not in ("linf", "l2"):
         raise ConfigError(f"there is no norm called {norm!r}.", remedy="Use linf or l2.")

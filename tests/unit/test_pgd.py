@@ -64,11 +64,12 @@ def test_the_best_point_ever_visited_is_returned_row_by_row(seed: int) -> None:
 
     found = ascend(score, x, eps=0.2, steps=9, step=0.15)
     assert len(visited) == 10
-    close = {"rtol": 0.0, "atol": 1e-4}  # scores are taken 1e-6 inside of the limits
+    # Scores are taken 1e-6 inside of the limits; 16 pixels with slopes up to 63 make that 1e-3.
+    close = {"rtol": 0.0, "atol": 1e-3}
     assert torch.allclose(visited[0][0], x, rtol=0.0, atol=1e-6)
     scores = torch.stack([value for _, value in visited])
     assert torch.allclose(wavy(found), scores.amax(0), **close)
-    assert (wavy(found) >= wavy(x) - 1e-4).all()
+    assert (wavy(found) >= wavy(x) - 1e-3).all()
     last = ascend(wavy, x, eps=0.2, steps=9, step=0.15, last=True)
     assert torch.allclose(last, visited[-1][0], rtol=0.0, atol=2e-6)
 
