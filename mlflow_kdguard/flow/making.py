@@ -4,14 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mlflow_kdguard import data, detox, export
+from mlflow_kdguard import data, detox
 from mlflow_kdguard.audit import examine
 from mlflow_kdguard.data import Dataset
 from mlflow_kdguard.errors import DataError, UsageError
 from mlflow_kdguard.files import read_bytes, sha256_file, write_json
-from mlflow_kdguard.flow.student import from_onnx, train_student
+from mlflow_kdguard.flow.student import export_on, from_onnx, train_student
 from mlflow_kdguard.flow.work import Entry, Produced, Work, dump
 from mlflow_kdguard.nets import load
 from mlflow_kdguard.nets.architecture import Architecture
@@ -239,15 +237,5 @@ def _source(work: Work, shown: Images) -> tuple[Path, Architecture | None]:
 
 
 def export_net(work: Work, net: Any, path: Path, test: Dataset) -> Exported:
-    """Export a network and compare it on the first `parity_images` test images."""
-    section = work.config.export
-    sample = test.batch(np.arange(min(len(test), section.parity_images)))[0]
-    return export.to_onnx(
-        net,
-        path,
-        shape=test.shape,
-        classes=test.classes,
-        images=sample,
-        config=section,
-        device=work.device,
-    )
+    """Export a network as the work's configuration says, compared on its test images."""
+    return export_on(net, path, test, device=work.device, section=work.config.export)

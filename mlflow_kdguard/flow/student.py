@@ -1,17 +1,19 @@
-"""A student from start to weights on disk, and networks that compute an exported graph."""
+"""A student from start to weights on disk, and networks to and from their exported graph."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from mlflow_kdguard import distill, graph
-from mlflow_kdguard.config import DistillSection
+from mlflow_kdguard.config import DistillSection, ExportSection
 from mlflow_kdguard.data import Dataset
+from mlflow_kdguard.export import to_onnx
 from mlflow_kdguard.files import read_bytes
 from mlflow_kdguard.nets import convert, load, zoo
 from mlflow_kdguard.nets.architecture import Architecture
-from mlflow_kdguard.records import Progress, silent
+from mlflow_kdguard.records import Exported, Progress, silent
 
 
 def train_student(
@@ -58,3 +60,25 @@ def architecture_for(arch: str, clean: Dataset) -> Architecture:
     mean = tuple(round(float(m), 4) for m in pixels.mean(axis=(0, 2, 3)))
     std = tuple(round(max(float(s), 0.01), 4) for s in pixels.std(axis=(0, 2, 3)))
     return Architecture(arch=arch, shape=clean.shape, classes=clean.classes, mean=mean, std=std)
+
+
+def export_on(
+    net: nn.Module,
+    path: Path,
+    test: Dataset,
+    *,
+    device: torch.device,
+    section: ExportSection | None = None,
+) -> Exported:
+    """Export a network and compare it on the first `parity_images` images of `test`."""
+    chosen = section or ExportSection()
+    images = test.batch(np.arange(min(len(test), chosen.parity_images)))[0]
+    return to_onnx(
+        net,
+        path,
+        shape=test.shape,
+        classes=test.classes,
+        images=images,
+        config=chosen,
+        device=device,
+    )

@@ -83,25 +83,14 @@ def export(**flags: Any) -> None:
     The file is run through onnxruntime on --data and compared with the network before it is
     believed; a difference ends with exit code 7 and leaves no file.
     """
-    import numpy as np
-
     from mlflow_kdguard import data, devices
-    from mlflow_kdguard.config import ExportSection
-    from mlflow_kdguard.export import to_onnx
+    from mlflow_kdguard.flow.student import export_on
     from mlflow_kdguard_cli import render
 
+    device = devices.pick(flags["device"])
     shown = data.load(flags["data_uri"], root=flags["data_root"], download=flags["download"])
-    section = ExportSection()
-    sample = shown.batch(np.arange(min(len(shown), section.parity_images)))[0]
-    exported = to_onnx(
-        opened(flags["model"], flags, shown).net(),
-        flags["out"],
-        shape=shown.shape,
-        classes=shown.classes,
-        images=sample,
-        config=section,
-        device=devices.pick(flags["device"]),
-    )
+    net = opened(flags["model"], flags, shown).net()
+    exported = export_on(net, flags["out"], shown, device=device)
     render.say(
         f"{exported.path}: sha256 {exported.sha256}; largest softmax difference "
         f"{exported.parity.softmax_max:.2g} on {exported.parity.argmax.n} images"

@@ -42,34 +42,23 @@ def register(**flags: Any) -> None:
     """
     import tempfile
 
-    import numpy as np
-
     from mlflow_kdguard import data, devices
-    from mlflow_kdguard.config import ExportSection, RegistrySection
-    from mlflow_kdguard.export import to_onnx
+    from mlflow_kdguard.config import RegistrySection
+    from mlflow_kdguard.flow.student import export_on
     from mlflow_kdguard.records import Source
     from mlflow_kdguard.registry import Registry
     from mlflow_kdguard_cli import render
 
+    device = devices.pick(flags["device"])
     shown = data.load(flags["data_uri"], root=flags["data_root"], download=flags["download"])
     model = opened(flags["weights"], flags, shown)
     net = model.net()
-    section = ExportSection()
-    sample = shown.batch(np.arange(min(len(shown), section.parity_images)))[0]
     registry = Registry(
         RegistrySection(tracking_uri=flags["tracking_uri"], registry_uri=flags["registry_uri"])
     )
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        exported = to_onnx(
-            net,
-            place / "model.onnx",
-            shape=shown.shape,
-            classes=shown.classes,
-            images=sample,
-            config=section,
-            device=devices.pick(flags["device"]),
-        )
+        exported = export_on(net, place / "model.onnx", shown, device=device)
         version = registry.register_teacher(
             flags["name"],
             (place / "model.onnx").read_bytes(),
