@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mlflow_kdguard import extensions, graph
 from mlflow_kdguard.certify.ball import Ball
 from mlflow_kdguard.certify.joint import Joint, join
+from mlflow_kdguard.certify.parallel import in_order, workers
 from mlflow_kdguard.certify.relax import Bound, Bounds
 from mlflow_kdguard.certify.report import SKIPPED, Judged, Question, summarise
 from mlflow_kdguard.certify.witness import Effort, attained, search, softmax
@@ -65,10 +66,15 @@ def certify(
     question = _question((sha256(reference), sha256(student)), data, config, nonce, str(place))
     _check(data, pair.reference, question)
     judged: list[Judged] = []
+
+    def judge(part: tuple[int, ...]) -> list[Judged]:
+        late = config.seconds is not None and question.elapsed() > config.seconds
+        return _judge(pair, data, part, question, None if late else bound)
+
+    parts = list(_batches(question.indices, pair.joint))
     try:
-        for part in _batches(question.indices, pair.joint):
-            late = config.seconds is not None and question.elapsed() > config.seconds
-            judged += _judge(pair, data, part, question, None if late else bound)
+        for found in in_order(judge, parts, at_once=workers(place)):
+            judged += found
             worst = max(item.upper for item in judged)
             progress("certify", len(judged), len(question.indices), {"upper_max": worst})
     except KeyboardInterrupt as error:
@@ -118,8 +124,9 @@ def _check(data: Dataset, model: graph.Graph, question: Question) -> None:
 
 
 def _batches(indices: tuple[int, ...], joint: Joint) -> Iterator[tuple[int, ...]]:
+    """At most _BATCH images each, and at least two batches, whatever the number of threads."""
     pixels = int(np.prod(joint.input_shape))
-    size = max(1, min(_BATCH, _BATCH_PIXELS // pixels))
+    size = max(1, min(_BATCH, _BATCH_PIXELS // pixels, -(-len(indices) // 2)))
     for start in range(0, len(indices), size):
         yield indices[start : start + size]
 

@@ -24,7 +24,7 @@ STEPS = 8
 """Steps of Adam on multipliers and slopes."""
 HALVINGS = 3
 """Each row becomes 2^HALVINGS parts."""
-_CHUNK_BYTES = 256 << 20
+_CHUNK_BYTES = 128 << 20
 _COPIES = 12
 """Tensors that a differentiated pass keeps for each neuron."""
 

@@ -5,7 +5,7 @@ and returns `Bounds`. Branch and bound and solvers are meant to become further r
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,20 +41,24 @@ class Bound(Protocol):
 
 def interval(joint: Joint, ball: Ball, classes: Tensor | None) -> Bounds:
     """Interval arithmetic (Gowal et al., arXiv 1810.12715) on both networks and their margins."""
-    with _plain_arithmetic():
+    with _plain_arithmetic(ball.centre.device):
         known = relax(joint, ball, tighten=False)
         return Bounds(gap.bounded(known, classes, gap.by_boxes).upper, 1)
 
 
 def crown(joint: Joint, ball: Ball, classes: Tensor | None) -> Bounds:
     """Joint CROWN (arXiv 1811.00866) with folded margins; see `docs/reference/certify.md`."""
-    with _plain_arithmetic():
+    with _plain_arithmetic(ball.centre.device):
         found = gap.bounded(relax(joint, ball, tighten=True), classes, gap.by_planes)
         return Bounds(found.upper, 1, found.worst)
 
 
 @contextmanager
-def _plain_arithmetic() -> Iterator[None]:
-    """Sums of products only, which the rounding margin is made for: cuDNN may transform instead."""
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=False):
+def _plain_arithmetic(device: torch.device) -> Iterator[None]:
+    """Sums of products only, which the rounding margin is made for: cuDNN may transform instead.
+
+    The flag is global, so that on a GPU one bound runs at a time (`parallel.workers`).
+    """
+    plain = torch.backends.cudnn.flags(enabled=False) if device.type == "cuda" else nullcontext()
+    with torch.no_grad(), plain:
         yield

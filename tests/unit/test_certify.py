@@ -66,6 +66,14 @@ def test_the_report_is_bounds_on_the_drawn_images():
 def test_the_same_question_has_the_same_answer():
     first, second = (certify(REFERENCE, STUDENT, data(), config=QUICK) for _ in range(2))
     assert _untimed(first) == _untimed(second)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        third = certify(REFERENCE, STUDENT, data(), config=QUICK)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    assert _untimed(third) == _untimed(first)
     other = certify(REFERENCE, STUDENT, data(), config=QUICK, nonce="another")
     assert [s.index for s in other.samples] != [s.index for s in first.samples]
 
