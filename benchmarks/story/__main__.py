@@ -80,7 +80,7 @@ def draw(folder: Path, story: dict[str, Any], config: dict[str, Any], path: Path
     _bars(axes[1], story, "asr", "attack success rate")
     _bars(axes[2], story, "accuracy", "accuracy on clean images")
     axes[1].axhline(0.05, color="black", linewidth=0.8, linestyle="--")
-    axes[1].annotate("policy limit 0.05", (1.2, 0.07), fontsize=8)
+    axes[1].annotate("policy limit 0.05", (3.45, 0.2), fontsize=8, ha="right")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -106,7 +106,7 @@ def _bars(axis: Any, story: dict[str, Any], key: str, title: str) -> None:
         k, n = by_name[name]["k"], by_name[name]["n"]
         rate, low, high = k / n, intervals.lower(k, n), intervals.upper(k, n)
         axis.bar(place, rate, color=COLOURS[name], yerr=[[rate - low], [high - rate]], capsize=3)
-        axis.annotate(f"{rate:.3f}", (place, high), ha="center", va="bottom", fontsize=8)
+        axis.annotate(f"{rate:.3f}", (place, max(high, 0.06)), ha="center", va="bottom", fontsize=8)
     axis.set_xticks(range(len(ORDER)), [name.replace("-", "\n") for name in ORDER], fontsize=8)
     axis.set_ylim(0, 1.14)
     axis.set_title(title, fontsize=9)

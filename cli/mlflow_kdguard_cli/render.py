@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -24,6 +25,8 @@ from mlflow_kdguard.records import (
 from mlflow_kdguard.records import Progress as Listener
 
 people = Console(stderr=True, highlight=False)
+if not people.is_terminal:
+    people = Console(stderr=True, highlight=False, width=100)  # logs and files: 80 is too narrow
 
 
 def document(value: Mapping[str, Any], as_json: bool) -> None:
@@ -89,12 +92,20 @@ def _short(figures: Mapping[str, float]) -> str:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table for people."""
-    drawn = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+    drawn = Table(
+        title=title, title_justify="left", title_style="bold", pad_edge=False, box=SIMPLE_HEAD
+    )
     for i, column in enumerate(columns):
         drawn.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         drawn.add_row(*row)
     people.print(drawn)
+
+
+def _titled(title: str) -> Table:
+    return Table(
+        title=title, title_justify="left", title_style="bold", pad_edge=False, box=SIMPLE_HEAD
+    )
 
 
 def rate(value: Rate) -> str:
@@ -104,7 +115,13 @@ def rate(value: Rate) -> str:
 
 def decision(value: Decision, of: str) -> None:
     """Every rule with its limit, its figure and its reason; the verdict last."""
-    drawn = Table(title=f"Gate: {of}", title_justify="left", title_style="bold", pad_edge=False)
+    drawn = Table(
+        title=f"Gate: {of}",
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        box=SIMPLE_HEAD,
+    )
     for column in ("rule", "", "why"):
         drawn.add_column(column, overflow="fold")
     for rule in value.rules:

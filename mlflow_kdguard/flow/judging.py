@@ -141,7 +141,6 @@ def registered(work: Work, made: Made) -> Entry:
         "student": sha256_file(made.student_file),
         "name": work.config.registry.model_name,
         "registry": work.registry.identity,
-        "run": work.run.id,
     }
 
     def compute(_entry: Entry) -> Produced:

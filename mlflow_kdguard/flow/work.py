@@ -75,7 +75,7 @@ class Work:
         self, name: str, inputs: Mapping[str, Any], compute: Callable[[Entry], Produced]
     ) -> Entry:
         """Run a stage, or take it from the ledger; its nested MLflow run ends FINISHED."""
-        entry = self.ledger.open(name, {**inputs, "version": __version__})
+        entry = self.ledger.open(name, {"inputs": dict(inputs), "kdguard": __version__})
         if entry.record is not None and self.run.has_finished(name, entry.inputs):
             log.info("%s is finished already", name)
             return entry

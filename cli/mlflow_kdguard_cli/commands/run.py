@@ -104,11 +104,10 @@ def demo(out: Path, overrides: tuple[str, ...], as_json: bool) -> int:
     place.mkdir(parents=True, exist_ok=True)
     with render.progress() as progress:
         story = tell(config, _grant({}, config), progress=progress)
-    _finish(story, as_json)
-    serves = _serves(story, config)
-    render.say(serves)
-    render.say(f"look around: mlflow ui --backend-store-uri {config.registry.tracking_uri}")
-    return 0
+    code = _finish(story, as_json)
+    render.say(_serves(story, config))
+    render.say(_afterwards(story, config, place))
+    return code
 
 
 def _config(flags: dict[str, Any]) -> "GuardConfig":
@@ -189,7 +188,7 @@ def _finish(story: "Story", as_json: bool) -> int:
             render.decision(row.outcome.decision, f"{row.student} student, {row.outcome.uri}")
     render.table(
         "Students of equal training on the same contaminated images",
-        ("student", "accuracy", "ASR", "upper bound", "lift", "faithful share", "gate"),
+        ("student", "accuracy", "ASR", "at most", "lift", "gap proved", "gate"),
         [_story_row(row) for row in story.rows],
     )
     teacher = story.teacher
@@ -227,7 +226,7 @@ def _verdict(outcome: "Outcome | None") -> _Verdict:
     from mlflow_kdguard_cli import render
 
     if outcome is None:
-        return _Verdict("floor: not asked", "-")
+        return _Verdict("not asked: a floor", "-")
     share = render.rate(outcome.figures.faithful[0].within)
     if outcome.decision.passed:
         return _Verdict(f"promoted, @{outcome.alias}", share)
@@ -246,6 +245,20 @@ def _serves(story: "Story", config: "GuardConfig") -> str:
     x, y = load(config.data.test).batch(range(100))
     right = int((predict(config.registry, uri, x).argmax(axis=1) == y).sum())
     return f"{uri} serves: mlflow.pyfunc.load_model classifies {right} of 100 test images right"
+
+
+def _afterwards(story: "Story", config: "GuardConfig", place: Path) -> str:
+    """What to try next: the refusal by hand, and the runs in MLflow's own pages."""
+    naive = story.row("naive").outcome
+    uri = config.registry.tracking_uri
+    lines = [f"look around: mlflow ui --backend-store-uri {uri}"]
+    if naive is not None:
+        lines.append(
+            f"try to promote the naive one (exit code 3): kdguard promote {naive.uri} "
+            f"--key {place / 'keys' / 'builder.pem.pub'} --pin {config.data.test} "
+            f"--tracking-uri {uri}"
+        )
+    return "\n".join(lines)
 
 
 def _outcome_document(outcome: "Outcome") -> dict[str, Any]:
