@@ -32,6 +32,10 @@ class Margins:
     lo: Tensor
     hi: Tensor
 
+    def joined(self, other: "Margins") -> "Margins":
+        """These rows, then the others."""
+        return Margins(torch.cat((self.lo, other.lo)), torch.cat((self.hi, other.hi)))
+
 
 def probability(margins: Tensor) -> Tensor:
     """p = 1 / (1 + Σ exp a_j) over the last axis."""

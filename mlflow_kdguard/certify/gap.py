@@ -78,9 +78,9 @@ def by_planes(relaxed: Relaxed, items: Items) -> Found:
         Items(items.image.repeat(2), items.klass.repeat(2)),
         torch.arange(2, device=items.image.device).repeat_interleave(len(items.image))[:, None]
         == 0,
-        _both(own_student, own_reference),
-        _both(own_reference, own_student),
-        _both(mirrored, difference),
+        own_student.joined(own_reference),
+        own_reference.joined(own_student),
+        mirrored.joined(difference),
         (
             _join(student.above_negative, reference.above_negative),
             _join(reference.above, student.above),
@@ -120,10 +120,6 @@ def _sound(gap: Tensor, relaxed: Relaxed) -> Tensor:
     """Add the error of the exponentials; a bound that is not a number below 1 is 1."""
     raised = gap.clamp(min=0.0) + 4.0 * gamma(64 + 8 * relaxed.joint.classes)
     return torch.where(raised < 1.0, raised, 1.0)
-
-
-def _both(a: Margins, b: Margins) -> Margins:
-    return Margins(torch.cat((a.lo, b.lo)), torch.cat((a.hi, b.hi)))
 
 
 def _join(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,8 @@ SMALL = 0.02
 """Bounds below this are left alone: a gap of two points of confidence matters to nobody."""
 STEPS = 8
 """Steps of Adam on multipliers and slopes."""
-HALVINGS = 3
-"""Each row becomes 2^HALVINGS parts."""
+ROUNDS = 6
+"""Halvings of the worst part of each row."""
 _CHUNK_BYTES = 128 << 20
 _COPIES = 12
 """Tensors that a differentiated pass keeps for each neuron."""
@@ -31,27 +31,97 @@ _COPIES = 12
 
 def refined(relaxed: Relaxed, rows: Rows, begin: Parameters) -> tuple[Tensor, Tensor]:
     """Bounds (N), and where the largest part's plane is highest (N×C×H×W)."""
+    leaves = _evaluated(relaxed, _Leaves.roots(rows, begin))
     n = len(begin[1])
-    parts, start = rows, begin
-    for _ in range(HALVINGS):
-        parts = parts.halves()
-        start = [value.repeat(2, *[1] * (value.dim() - 1)) for value in start]
+    for _ in range(ROUNDS):
+        worst = leaves.worst(n)
+        worst = worst[leaves.bound[worst] > SMALL]
+        if len(worst) == 0:
+            break
+        children = leaves.take(worst).halves()
+        known = children.bound
+        children = _evaluated(relaxed, children)
+        children = replace(children, bound=torch.minimum(known, children.bound))
+        leaves = leaves.replaced(worst, children)
+    worst = leaves.worst(n)
+    return leaves.bound[worst], leaves.corner[worst]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Leaves:
+    """Parts of all rows: whose they are, their boxes, parameters, bound and worst point."""
+
+    owner: Tensor
+    rows: Rows
+    parameters: Parameters
+    bound: Tensor
+    corner: Tensor
+
+    @classmethod
+    def roots(cls, rows: Rows, begin: Parameters) -> "_Leaves":
+        """Every row whole."""
+        owner = torch.arange(len(begin[1]), device=begin[1].device)
+        rows = rows.without_planes()
+        return cls(owner, rows, begin, torch.ones_like(begin[1]), begin[1])
+
+    def worst(self, n: int) -> Tensor:
+        """The leaf of the largest bound of each of the `n` rows: int64 n."""
+        order = self.bound.argsort()
+        # Sorted by bound, then (stably) by owner: the last of each owner is its worst.
+        order = order[self.owner[order].argsort(stable=True)]
+        ends = torch.bincount(self.owner, minlength=n).cumsum(0) - 1
+        return order[ends]
+
+    def take(self, which: Tensor) -> "_Leaves":
+        """The leaves at `which` (int64)."""
+        return _Leaves(
+            self.owner[which],
+            self.rows.take(which),
+            [value[which] for value in self.parameters],
+            self.bound[which],
+            self.corner[which],
+        )
+
+    def halves(self) -> "_Leaves":
+        """Both halves of every leaf, with what the whole knows."""
+        both = torch.arange(len(self.owner), device=self.owner.device).repeat(2)
+        return replace(self.take(both), rows=self.rows.halves())
+
+    def replaced(self, gone: Tensor, new: "_Leaves") -> "_Leaves":
+        """These leaves without those at `gone`, and the new ones."""
+        stays = torch.ones_like(self.owner, dtype=torch.bool)
+        stays[gone] = False
+        old = self.take(stays.nonzero()[:, 0])
+        return _Leaves(
+            torch.cat((old.owner, new.owner)),
+            old.rows.joined(new.rows),
+            [torch.cat(pair) for pair in zip(old.parameters, new.parameters, strict=True)],
+            torch.cat((old.bound, new.bound)),
+            torch.cat((old.corner, new.corner)),
+        )
+
+
+def _evaluated(relaxed: Relaxed, leaves: _Leaves) -> _Leaves:
+    """The leaves with bounds, worst points, and the parameters that they ended with."""
     neurons = sum(lines.upper_slope[0].numel() for lines in relaxed.lines.values())
     size = max(8, _CHUNK_BYTES // (8 * _COPIES * max(neurons, 1)))
-    each = torch.arange(len(start[1]), device=start[1].device)
+    each = torch.arange(len(leaves.owner), device=leaves.owner.device)
     found = [
-        _bound(relaxed, parts.take(which), [value[which] for value in start])
+        _bound(relaxed, leaves.rows.take(which), [value[which] for value in leaves.parameters])
         for which in torch.split(each, size)
     ]
-    bound = torch.cat([part[0] for part in found]).view(-1, n)
-    corner = torch.cat([part[1] for part in found])
-    largest, part = bound.max(0)
-    corner = corner.view(-1, n, *corner.shape[1:])
-    return largest, corner[part, torch.arange(n, device=part.device)]
+    return replace(
+        leaves,
+        bound=torch.cat([part[0] for part in found]),
+        corner=torch.cat([part[1] for part in found]),
+        parameters=[torch.cat(values) for values in zip(*(p[2] for p in found), strict=True)],
+    )
 
 
-def _bound(relaxed: Relaxed, rows: Rows, begin: Parameters) -> tuple[Tensor, Tensor]:
-    """The least bound seen in a few steps, and where it is attained."""
+def _bound(
+    relaxed: Relaxed, rows: Rows, begin: Parameters
+) -> tuple[Tensor, Tensor, Parameters]:
+    """The least bound seen in a few steps, where it is attained, and the last parameters."""
     own = Own.of(relaxed, rows)
     parameters = [value.clone().requires_grad_() for value in begin]
     optimiser = torch.optim.Adam(
@@ -78,7 +148,7 @@ def _bound(relaxed: Relaxed, rows: Rows, begin: Parameters) -> tuple[Tensor, Ten
         descend(optimiser, value)
         for slope in own.slopes.values():
             slope.data.clamp_(0.0, 1.0)
-    return best, worst
+    return best, worst, [value.detach() for value in parameters]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

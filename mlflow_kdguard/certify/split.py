@@ -61,6 +61,27 @@ class Rows:
         )
         return replace(both, low=Margins(lo, hi), high=high)
 
+    def without_planes(self) -> "Rows":
+        """The rows for the real pass, which needs no planes of single margins."""
+        nothing = self.high.lo.new_zeros((len(self.high.lo), 0))
+        return replace(self, planes=((nothing, nothing), (nothing, nothing)))
+
+    def joined(self, other: "Rows") -> "Rows":
+        """These rows, then the others."""
+        (a, b), (c, d) = self.planes
+        (e, f), (g, h) = other.planes
+        return Rows(
+            Items(
+                torch.cat((self.items.image, other.items.image)),
+                torch.cat((self.items.klass, other.items.klass)),
+            ),
+            torch.cat((self.student_high, other.student_high)),
+            self.high.joined(other.high),
+            self.low.joined(other.low),
+            self.difference.joined(other.difference),
+            ((torch.cat((a, e)), torch.cat((b, f))), (torch.cat((c, g)), torch.cat((d, h)))),
+        )
+
     def take(self, which: Tensor) -> "Rows":
         """The rows at `which` (int64)."""
         (a, b), (c, d) = self.planes
