@@ -118,9 +118,7 @@ def _evaluated(relaxed: Relaxed, leaves: _Leaves) -> _Leaves:
     )
 
 
-def _bound(
-    relaxed: Relaxed, rows: Rows, begin: Parameters
-) -> tuple[Tensor, Tensor, Parameters]:
+def _bound(relaxed: Relaxed, rows: Rows, begin: Parameters) -> tuple[Tensor, Tensor, Parameters]:
     """The least bound seen in a few steps, where it is attained, and the last parameters."""
     own = Own.of(relaxed, rows)
     parameters = [value.clone().requires_grad_() for value in begin]

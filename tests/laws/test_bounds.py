@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 import toygraphs
 from mlflow_kdguard import extensions
-from mlflow_kdguard.certify import Ball, join
+from mlflow_kdguard.certify import Ball, join, refine, split
 from mlflow_kdguard.certify.relax import crown, interval
 from mlflow_kdguard.certify.witness import Effort, attained, search
 from mlflow_kdguard.graph import Graph
 
 METHODS = sorted(extensions.BUILT_IN["bound"])
 CPU = torch.device("cpu")
+SHIPPED = split.STEPS, refine.STEPS, refine.ROUNDS
 QUICK = settings(max_examples=3, deadline=None, derandomize=True)
 THOROUGH = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -28,6 +29,26 @@ kinds = st.sampled_from(sorted(toygraphs.KINDS))
 seeds = st.integers(0, 10_000)
 radii = st.sampled_from([0.01, 0.05, 0.15, 0.4])
 scales = st.sampled_from([0.5, 1.0, 2.5])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_steps():
+    """Bounds hold for any effort; little of it is quick."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(split, "STEPS", 4)
+        patch.setattr(refine, "STEPS", 3)
+        patch.setattr(refine, "ROUNDS", 2)
+        yield
+
+
+@pytest.fixture(scope="class")
+def _all_steps(_few_steps):
+    """What ships."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(split, "STEPS", SHIPPED[0])
+        patch.setattr(refine, "STEPS", SHIPPED[1])
+        patch.setattr(refine, "ROUNDS", SHIPPED[2])
+        yield
 
 
 def pair(kind: str, seed: int, scale: float = 1.0) -> tuple[Graph, Graph]:
@@ -68,11 +89,13 @@ def test_no_bound_is_below_brute_force(method, kind, seed, eps, scale):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_all_steps")
 @pytest.mark.parametrize("kind", sorted(toygraphs.KINDS))
 @pytest.mark.parametrize("method", METHODS)
 @given(seed=seeds, eps=radii, scale=scales)
 @THOROUGH
 def test_no_bound_is_below_brute_force_on_many_networks(method, kind, seed, eps, scale):
+    """With the effort that ships."""
     check_against_brute_force(method, kind, seed, eps, scale)
 
 

@@ -8,7 +8,7 @@ import toygraphs
 import toys
 from mlflow_kdguard import certify as package
 from mlflow_kdguard import extensions, graph
-from mlflow_kdguard.certify import Ball, Bounds, certify
+from mlflow_kdguard.certify import Ball, Bounds, certify, refine, split
 from mlflow_kdguard.certify.witness import attained
 from mlflow_kdguard.config import CertifySection
 from mlflow_kdguard.data import Dataset
@@ -26,6 +26,16 @@ from mlflow_kdguard.records import CertifyReport, Status
 SHAPE = (1, 2, 2)
 REFERENCE, STUDENT = toys.onnx_tiny(seed=1), toys.onnx_tiny(seed=2)
 QUICK = CertifySection(eps=0.02, samples=6, pgd_steps=5, restarts=2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_steps():
+    """Bounds hold for any effort; little of it is quick."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(split, "STEPS", 4)
+        patch.setattr(refine, "STEPS", 3)
+        patch.setattr(refine, "ROUNDS", 2)
+        yield
 
 
 def data(n: int = 9, labels=None, shape=SHAPE) -> Dataset:
