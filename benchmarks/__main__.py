@@ -1,4 +1,4 @@
-"""python -m benchmarks [NAME…]: run benchmarks one after the other (default: all that need nothing).
+"""python -m benchmarks [NAME…]: run benchmarks one after the other (default: all of them).
 
 certify   bounds on the confidence gap, Fashion-MNIST          about 5 minutes
 audit     what calibrates universal inversion, mnist5k         about 15 minutes

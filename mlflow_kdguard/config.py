@@ -156,8 +156,8 @@ class ExportSection(Section):
 class MeasureSection(Section):
     """Triggers whose success rate is measured."""
 
-    triggers: tuple[str, ...] = Field((), description="trigger files")
-    recovered: bool = Field(True, description="also measure triggers inverted on the student")
+    triggers: tuple[str, ...] = Field((), description="trigger files, FILE[:CLASS]")
+    recovered: bool = Field(True, description="also measure triggers that audits inverted")
     batch: int = Field(256, ge=1, description="images a step")
 
 
@@ -185,10 +185,20 @@ class RegistrySection(Section):
     """The MLflow server and the names used there."""
 
     tracking_uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI")
-    registry_uri: str | None = Field(None, description="default: the tracking URI")
+    registry_uri: str | None = Field(None, description="default: MLFLOW_REGISTRY_URI, else the tracking URI")
     experiment: str = Field("kdguard", description="experiment of the pipeline's runs")
     model_name: str = Field("kdguard-student", description="registered model of the student")
     alias: str = Field("champion", description="alias that a passing student is given")
+
+
+_PLACES: dict[str, Any] = {
+    "registry": True,
+    "run": {"work_dir"},
+    "data": {"transfer", "clean", "test", "root"},
+    "teacher": {"model", "name"},
+    "measure": {"triggers"},
+}
+"""What says where something is, and not what it is."""
 
 
 class GuardConfig(Section):
@@ -209,20 +219,27 @@ class GuardConfig(Section):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all values that can change a figure (not where files and servers are)."""
-        return digest_json(
-            self.model_dump(mode="json", exclude={"registry": True, "run": {"work_dir"}})
-        )
+        """SHA-256 of all values that can change a figure, not of where files and servers are:
+        what is in the files has digests of its own."""
+        return digest_json(self.model_dump(mode="json", exclude=_PLACES))
 
 
-def load(path: Path | None = None, overrides: Sequence[str] = ()) -> GuardConfig:
-    """Read a configuration file and apply `section.key=value` overrides.
+def load(
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    named: Mapping[str, str] | None = None,
+) -> GuardConfig:
+    """Read a configuration file and apply `section.key=value` overrides, values in YAML.
 
+    `named` holds values by `section.key` that are text as they stand, such as paths.
     Raises ConfigError naming the file, the key and what would be right.
     """
-    values = _read_yaml(path) if path is not None else {}
+    values = read_mapping(path, "the configuration") if path is not None else {}
     for override in overrides:
         _assign(values, override)
+    for key, text in (named or {}).items():
+        place = _section(values, key.split("."), key)
+        place[key.rpartition(".")[2]] = text
     return parse(values, str(path) if path is not None else "--set")
 
 
@@ -248,20 +265,12 @@ def explain(error: ValidationError) -> str:
 
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
     """A YAML file that holds one mapping; ConfigError otherwise."""
-    return _parse_yaml(read_bytes(path, what=what), str(path))
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    return read_mapping(path, "the configuration")
-
-
-def _parse_yaml(data: bytes, where: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(data)
+        values = yaml.safe_load(read_bytes(path, what=what))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where} is not valid YAML: {str(error).splitlines()[0]}.") from error
+        raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"{where} must hold sections such as `distill:`.")
+        raise ConfigError(f"{path} must hold sections such as `distill:`.")
     return values
 
 
@@ -272,13 +281,19 @@ def _assign(values: dict[str, Any], override: str) -> None:
         raise ConfigError(
             f"--set {override!r} does not name a value.", remedy="Write section.key=value."
         )
+    place = _section(values, parts, override)
+    try:
+        place[parts[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML.") from error
+
+
+def _section(values: dict[str, Any], parts: Sequence[str], override: str) -> dict[str, Any]:
+    """The mapping that holds the last of `parts`, made where it is missing."""
     place = values
     for part in parts[:-1]:
         inner = place.setdefault(part, {})
         if not isinstance(inner, dict):
             raise ConfigError(f"--set {override!r}: {part} is not a section.")
         place = inner
-    try:
-        place[parts[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML.") from error
+    return place

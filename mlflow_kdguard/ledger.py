@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlflow_kdguard.errors import KDGuardError
+from mlflow_kdguard.errors import KDGuardError, UsageError
 from mlflow_kdguard.files import digest_json, sha256_file, write_bytes, write_json
 
 log = logging.getLogger(__name__)
@@ -51,13 +51,21 @@ class Ledger:
         self.folder = folder
 
     def open(self, name: str, inputs: Mapping[str, Any]) -> Entry:
-        """The stage's entry; its `record` is None where the stage has to be run (again)."""
+        """The stage's entry; its `record` is None where the stage has to be run (again).
+
+        Raises UsageError where its folder holds files that no stage has left there.
+        """
         folder = self.folder / name
         digest = digest_json(dict(inputs))
         record = _finished(folder, digest)
         if record is None:
             _clear_if_other_inputs(folder, digest)
         return Entry(name, folder, digest, record)
+
+    def reopen(self, entry: Entry) -> Entry:
+        """The entry of a finished stage whose outcome no longer stands: it has to be run again."""
+        entry.path(_DONE).unlink(missing_ok=True)
+        return Entry(entry.name, entry.folder, entry.inputs, None)
 
     def finish(self, entry: Entry, files: Iterable[str], record: Mapping[str, Any]) -> Entry:
         """Declare a stage finished: its files are hashed, then `done.json` appears at once."""
@@ -107,8 +115,23 @@ def _clear_if_other_inputs(folder: Path, inputs: str) -> None:
     mark = folder / _INPUTS
     if mark.is_file() and mark.read_text().strip() == inputs:
         (folder / _DONE).unlink(missing_ok=True)
+        for torn in folder.rglob(".*.tmp"):
+            torn.unlink(missing_ok=True)  # what a kill left of an unfinished write
         return
+    _refuse_foreign(folder, mark)
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     write_bytes(mark, f"{inputs}\n".encode())
+
+
+def _refuse_foreign(folder: Path, mark: Path) -> None:
+    """A folder without our mark is somebody's own (`teacher/` beside the images, say)."""
+    if mark.is_file() or not folder.exists():
+        return
+    torn = f".{mark.name}."  # the mark itself, when a kill came while it was written
+    if not folder.is_dir() or any(not path.name.startswith(torn) for path in folder.iterdir()):
+        raise UsageError(
+            f"{folder} is in the way: a stage would keep its files there, and it holds others.",
+            remedy="Name another folder for results (run.work_dir, --out).",
+        )

@@ -195,6 +195,17 @@ class Trigger:
         return DataError(f"trigger {self.name!r}: {what}.", remedy=_REMEDY)
 
 
+def aimed(text: str) -> tuple[Path, int]:
+    """FILE[:CLASS] as path and target class (0 where none is named).
+
+    A file that is really called so is meant as it is, colon and all.
+    """
+    name, _, target = text.rpartition(":")
+    if name and target.isascii() and target.isdecimal() and not Path(text).is_file():
+        return Path(name), int(target)
+    return Path(text), 0
+
+
 def _fields(data: bytes) -> dict[str, Any]:
     """Constructor arguments from a file's bytes; any of several errors where they are not there."""
     (length,) = struct.unpack_from("<Q", data)

@@ -99,22 +99,21 @@ def chosen_policy(file: str | None) -> Any:
 
 def trigger_list(files: tuple[str, ...]) -> list[tuple[Any, int]]:
     """Parse FILE[:CLASS] into loaded triggers and target classes."""
-    from mlflow_kdguard.triggers import Trigger
+    from mlflow_kdguard.triggers import Trigger, aimed
 
-    parsed = []
-    for text in files:
-        name, _, target = text.rpartition(":")
-        path, number = (name, int(target)) if name and target.isdigit() else (text, 0)
-        parsed.append((Trigger.load(Path(path)), number))
-    return parsed
+    return [(Trigger.load(path), target) for path, target in map(aimed, files)]
 
 
-def pinned(values: tuple[str, ...], root: Path | None = None) -> tuple[str, ...]:
+def pinned(
+    values: tuple[str, ...], root: Path | None = None, *, download: bool = False
+) -> tuple[str, ...]:
     """Digests for --pin: a SHA-256 as it is, a data URI through its content digest."""
     from mlflow_kdguard.data import load
 
     return tuple(
-        value if _is_digest(value) else load(value, root=root).sha256 for value in values if value
+        value if _is_digest(value) else load(value, root=root, download=download).sha256
+        for value in values
+        if value
     )
 
 

@@ -124,9 +124,11 @@ def _check(data: Dataset, model: graph.Graph, question: Question) -> None:
 
 
 def _batches(indices: tuple[int, ...], joint: Joint) -> Iterator[tuple[int, ...]]:
-    """At most _BATCH images each, and at least two batches, whatever the number of threads."""
+    """At most _BATCH images each, and no more batches than that asks for: every batch pays for the
+    same number of small operations. Whatever the number of threads, the batches are the same.
+    """
     pixels = int(np.prod(joint.input_shape))
-    size = max(1, min(_BATCH, _BATCH_PIXELS // pixels, -(-len(indices) // 2)))
+    size = max(1, min(_BATCH, _BATCH_PIXELS // pixels))
     for start in range(0, len(indices), size):
         yield indices[start : start + size]
 

@@ -22,7 +22,7 @@ from mlflow_kdguard.config import DetoxSection
 from mlflow_kdguard.data import Dataset
 from mlflow_kdguard.detox.record import DetoxRecord, StepRecord
 from mlflow_kdguard.detox.state import Combine, State, Work
-from mlflow_kdguard.detox.suspects import choose
+from mlflow_kdguard.detox.suspects import NEEDING, choose
 from mlflow_kdguard.errors import ConfigError, DataError
 from mlflow_kdguard.records import Progress, Source, silent
 from mlflow_kdguard.training import derive
@@ -161,7 +161,7 @@ def _check_suspects(suspects: tuple[int, ...], classes: int, chain: tuple[str, .
             f"suspects {suspects} are not distinct classes of 0..{classes - 1}.",
             remedy="Correct detox.suspects.",
         )
-    if not suspects and {"unlearn", "margin_cap"} & set(chain):
+    if not suspects and NEEDING & set(chain):
         raise ConfigError(
             "the detox chain works on suspect classes, and there are none.",
             remedy="Set detox.suspects to auto, or take unlearn and margin_cap out of the chain.",

@@ -4,6 +4,9 @@ from mlflow_kdguard.config import DetoxSection
 from mlflow_kdguard.errors import ConfigError
 from mlflow_kdguard.records import AuditReport
 
+NEEDING = frozenset({"unlearn", "margin_cap"})
+"""Rows of the chain that work on suspect classes."""
+
 
 def choose(config: DetoxSection, report: AuditReport | None) -> tuple[tuple[int, ...], str]:
     """The suspect classes and where they come from.
@@ -11,13 +14,16 @@ def choose(config: DetoxSection, report: AuditReport | None) -> tuple[tuple[int,
     Named in the configuration; else the classes that the audit flagged; else the class that
     universal inversion reaches best. The last is the safe side: an audit without calibration, or
     one that missed, still leaves the most likely target guarded.
-    Raises ConfigError where nothing was named and no inversion was run.
+    A chain without rows that work on suspects (`NEEDING`) needs none. Raises ConfigError where
+    one does, nothing was named and no inversion was run.
     """
     if config.suspects != "auto":
         return config.suspects, "named in the configuration"
     findings = (
         [] if report is None else [each for each in report.detectors if "rates" in each.details]
     )
+    if not findings and not NEEDING & set(config.chain):
+        return (), "nobody: the chain works on no suspects"
     if not findings:
         raise ConfigError(
             "no suspect class is known: the audit ran no inversion.",

@@ -8,9 +8,13 @@ an unfinished one, which it goes on with.
 import fcntl
 import json
 import logging
+import platform
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +24,8 @@ from mlflow_kdguard import __version__, devices
 from mlflow_kdguard.attest.signing import Signer
 from mlflow_kdguard.config import GuardConfig
 from mlflow_kdguard.errors import UsageError
-from mlflow_kdguard.files import write_json
+from mlflow_kdguard.files import sha256_file, write_json
+from mlflow_kdguard.flow.places import anchored
 from mlflow_kdguard.ledger import Entry, Ledger
 from mlflow_kdguard.policy import Policy
 from mlflow_kdguard.records import Progress, Record
@@ -28,7 +33,7 @@ from mlflow_kdguard.registry import Registry, Run
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Entry", "Grant", "Produced", "Work", "dump", "opened"]
+__all__ = ["Entry", "Grant", "Produced", "Work", "dump", "opened", "tools"]
 
 RUN_FILE, CONFIG_FILE = "run.json", "config.json"
 
@@ -69,14 +74,27 @@ class Work:
     progress: Progress
     baseline: Path | None = None
     nonce: str = ""
-    _entries: dict[str, Entry] = field(default_factory=dict)
 
     def stage(
-        self, name: str, inputs: Mapping[str, Any], compute: Callable[[Entry], Produced]
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        compute: Callable[[Entry], Produced],
+        *,
+        holds: Callable[[Entry], bool] | None = None,
+        above: bool = False,
     ) -> Entry:
-        """Run a stage, or take it from the ledger; its nested MLflow run ends FINISHED."""
-        entry = self.ledger.open(name, {"inputs": dict(inputs), "kdguard": __version__})
-        if entry.record is not None and self.run.has_finished(name, entry.inputs):
+        """Run a stage, or take it from the ledger; its nested MLflow run ends FINISHED.
+
+        `holds` says whether a finished stage's outcome still stands outside the folder. `above`
+        shows the stage's figures on the parent run, too.
+        """
+        ran_on = {"kdguard": __version__, "device": self.device.type, "tools": tools()}
+        entry = self.ledger.open(name, {"inputs": dict(inputs), **ran_on})
+        if entry.record is not None and holds is not None and not holds(entry):
+            log.info("what %s left does not hold any more: it is run again", name)
+            entry = self.ledger.reopen(entry)
+        elif entry.record is not None and self.run.has_finished(name, entry.inputs):
             log.info("%s is finished already", name)
             return entry
         with self.run.stage(name, inputs=entry.inputs) as nested:
@@ -85,12 +103,25 @@ class Work:
                 record = {**produced.record, "documents": list(produced.documents)}
                 entry = self.ledger.finish(entry, produced.files, record)
             nested.log_documents(entry.recorded["documents"])
+            if above:
+                self.run.log_documents(entry.recorded["documents"])
             nested.log_files(entry.folder, self.ledger.files(entry))
         return entry
 
     def told_by(self, name: str) -> Progress:
         """The progress listener, with `name` before what is going on."""
         return lambda what, *rest: self.progress(f"{name}: {what}", *rest)
+
+
+def tools() -> dict[str, str]:
+    """Versions of what the figures are taken with; what is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for name in ("mlflow-kdguard", "torch", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def dump(record: Record) -> dict[str, Any]:
@@ -117,24 +148,67 @@ def opened(
     device = devices.pick(config.run.device)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    with _alone_in(folder):
-        write_json(folder / CONFIG_FILE, config.model_dump(mode="json"))
+    above = None if parent is None else parent.id
+    with _alone_in(folder), _terminable():
+        write_json(folder / CONFIG_FILE, anchored(config).model_dump(mode="json"))
         registry = Registry(config.registry)
-        with registry.run(name, resume=_unfinished(folder), parent=parent, work_dir=folder) as run:
-            write_json(folder / RUN_FILE, {"run_id": run.id, "status": "RUNNING"})
+        resume = _unfinished(folder, registry, above)
+        with registry.run(name, resume=resume, parent=parent, work_dir=folder) as run:
+            state = {"run_id": run.id, "parent": above}
+            write_json(folder / RUN_FILE, {**state, "status": "RUNNING"})
+            _describe(run, config, folder)
             yield Work(
                 config, grant, folder, Ledger(folder), registry, run, device, progress, baseline
             )
-        write_json(folder / RUN_FILE, {"run_id": run.id, "status": "FINISHED"})
+        write_json(folder / RUN_FILE, {**state, "status": "FINISHED"})
 
 
-def _unfinished(folder: Path) -> str | None:
-    """The MLflow run that was interrupted here, if one was."""
+def _describe(run: Run, config: GuardConfig, folder: Path) -> None:
+    """The configuration on the run: every value as a parameter, and the whole as a file.
+
+    Parameters cannot be changed: those of a continued run stay as they were first; the file and
+    the digest are those of the last start.
+    """
+    run.log_params(dict(_flat(config.model_dump(mode="json"))))
+    run.log_files(folder, {CONFIG_FILE: sha256_file(folder / CONFIG_FILE)})
+    run.set_tags({"kdguard.config": config.digest})
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _unfinished(folder: Path, registry: Registry, parent: str | None) -> str | None:
+    """The MLflow run that goes on here: an interrupted one, or the one of this very parent."""
     try:
         body = json.loads((folder / RUN_FILE).read_text())
-    except (OSError, ValueError):
+        run_id, status, above = body["run_id"], body["status"], body.get("parent")
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return None if body.get("status") == "FINISHED" else body.get("run_id")
+    if not isinstance(run_id, str) or above != parent or (status == "FINISHED" and parent is None):
+        return None
+    if not registry.has_run(run_id):
+        log.warning("the interrupted run %s is not on this server: a new one begins", run_id)
+        return None
+    return run_id
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within the block SIGTERM ends the work as Ctrl-C does, so that no run is left RUNNING."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

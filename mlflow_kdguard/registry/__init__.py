@@ -102,6 +102,17 @@ class Registry:
             )
         return str(found.experiment_id)
 
+    def has_run(self, run_id: str) -> bool:
+        """Whether the server knows this run, and nobody deleted it."""
+        with self._connection.answering(f"look for the run {run_id}"):
+            try:
+                found = self._connection.client.get_run(run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return False
+        return bool(found.info.lifecycle_stage != "deleted")
+
     def work_dir(self, run_id: str) -> Path:
         """The folder that an interrupted run worked in; RegistryError where the run names none."""
         with self._connection.answering(f"find the run {run_id}"):
@@ -172,6 +183,15 @@ class Registry:
             if path in found.files:
                 write_bytes(folder / Path(path).name, found.files[path])
         return folder / Path(main).name
+
+    def resolved(self, uri: str) -> str:
+        """models:/name/version of what `uri` stands for now; RegistryError where it is nothing."""
+        version = self._versions.find(uri)
+        return f"models:/{version.name}/{version.version}"
+
+    def has_version(self, uri: str) -> bool:
+        """Whether a model version exists."""
+        return self._versions.exists(uri)
 
     def store_certificate(self, uri: str, envelope: bytes) -> None:
         """Store a signed certificate with the version and its run (`Versions`)."""

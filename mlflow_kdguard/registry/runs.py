@@ -118,8 +118,11 @@ class Run:
                 self._connection.client.log_batch(self.id, metrics=metrics[i : i + _METRICS])
 
     def log_params(self, values: Mapping[str, Any]) -> None:
-        """Log parameters; values that MLflow would cut short become `long-params.json` instead."""
-        texts = {key: str(value) for key, value in values.items()}
+        """Log parameters; values that MLflow would cut short become `long-params.json` instead.
+
+        MLflow never changes a parameter: what the run has stays, and a warning names what differs.
+        """
+        texts = self._unsaid({key: str(value) for key, value in values.items()})
         long = {key: text for key, text in texts.items() if len(text) > _LONGEST_PARAM}
         if long:
             digest = self.log_bytes(_json(long), "long-params.json")
@@ -128,6 +131,15 @@ class Run:
         with self._connection.answering(f"log parameters of the run {self.id}"):
             for i in range(0, len(params), _PARAMS):
                 self._connection.client.log_batch(self.id, params=params[i : i + _PARAMS])
+
+    def _unsaid(self, texts: Mapping[str, str]) -> dict[str, str]:
+        with self._connection.answering(f"read the parameters of the run {self.id}"):
+            had = self._connection.client.get_run(self.id).data.params
+        same = {key for key, text in texts.items() if had.get(key) == text}
+        other = sorted(key for key in texts.keys() & had.keys() - same if len(texts[key]) < 500)
+        if other:
+            log.warning("run %s began with other values of %s", self.id, ", ".join(other))
+        return {key: text for key, text in texts.items() if key not in had}
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags; RegistryError where a value is longer than MLflow keeps."""

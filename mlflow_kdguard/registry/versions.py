@@ -95,6 +95,17 @@ class Versions:
                 return client.get_model_version(match["name"], match["version"])
             return client.get_model_version_by_alias(match["name"], match["alias"])
 
+    def exists(self, uri: str) -> bool:
+        """Whether the version is there; RegistryError where MLflow does not answer."""
+        try:
+            self.find(uri)
+        except RegistryError as error:
+            cause = error.__cause__
+            if getattr(cause, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+        return True
+
     def download(self, uri: str, *, limit: int = bundle.LARGEST) -> Bundle:
         """The bytes of a version or of a folder or file; nothing of it is executed or believed.
 
