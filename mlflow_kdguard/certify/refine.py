@@ -23,7 +23,9 @@ SMALL = 0.02
 STEPS = 8
 """Steps of Adam on multipliers and slopes."""
 ROUNDS = 6
-"""Halvings of the worst part of each row."""
+"""Halvings of the worst part of each row, in a network of up to 2,000 bent neurons."""
+LEAST_ROUNDS = 2
+"""And in one of 6,000 or more, where a pass costs much and the hidden layers dominate the gap."""
 _CHUNK_BYTES = 128 << 20
 _COPIES = 12
 """Tensors that a differentiated pass keeps for each neuron."""
@@ -33,7 +35,7 @@ def refined(relaxed: Relaxed, rows: Rows, begin: Parameters) -> tuple[Tensor, Te
     """Bounds (N), and where the largest part's plane is highest (N×C×H×W)."""
     leaves = _evaluated(relaxed, _Leaves.roots(rows, begin))
     n = len(begin[1])
-    for _ in range(ROUNDS):
+    for _ in range(_rounds(relaxed)):
         worst = leaves.worst(n)
         worst = worst[leaves.bound[worst] > SMALL]
         if len(worst) == 0:
@@ -103,8 +105,7 @@ class _Leaves:
 
 def _evaluated(relaxed: Relaxed, leaves: _Leaves) -> _Leaves:
     """The leaves with bounds, worst points, and the parameters that they ended with."""
-    neurons = sum(lines.upper_slope[0].numel() for lines in relaxed.lines.values())
-    size = max(8, _CHUNK_BYTES // (8 * _COPIES * max(neurons, 1)))
+    size = max(8, _CHUNK_BYTES // (8 * _COPIES * _neurons(relaxed)))
     each = torch.arange(len(leaves.owner), device=leaves.owner.device)
     found = [
         _bound(relaxed, leaves.rows.take(which), [value[which] for value in leaves.parameters])
@@ -116,6 +117,15 @@ def _evaluated(relaxed: Relaxed, leaves: _Leaves) -> _Leaves:
         corner=torch.cat([part[1] for part in found]),
         parameters=[torch.cat(values) for values in zip(*(p[2] for p in found), strict=True)],
     )
+
+
+def _neurons(relaxed: Relaxed) -> int:
+    return max(1, sum(lines.upper_slope[0].numel() for lines in relaxed.lines.values()))
+
+
+def _rounds(relaxed: Relaxed) -> int:
+    """Fewer rounds for larger networks; counted in neurons, not in time, so that they repeat."""
+    return max(min(ROUNDS, LEAST_ROUNDS), min(ROUNDS, 2_000 * ROUNDS // _neurons(relaxed)))
 
 
 def _bound(relaxed: Relaxed, rows: Rows, begin: Parameters) -> tuple[Tensor, Tensor, Parameters]:
