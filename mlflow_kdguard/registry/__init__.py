@@ -167,6 +167,11 @@ class Registry:
             marks[f"kdguard.data/{role}"] = f"{source.uri} sha256:{source.sha256}"
         return self._versions.register(name, files, run=run, kind="teacher", tags=marks)
 
+    def resolve(self, uri: str) -> str:
+        """`models:/name/version` of the version that `uri` stands for now; aliases move."""
+        version = self._versions.find(uri)
+        return f"models:/{version.name}/{version.version}"
+
     def download(self, uri: str, *, limit: int = bundle.LARGEST) -> Bundle:
         """The raw bytes of `models:/name/version`, `models:/name@alias` or a path (`Versions`)."""
         return self._versions.download(uri, limit=limit)

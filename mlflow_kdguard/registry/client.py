@@ -13,6 +13,7 @@ from mlflow.tracking import MlflowClient
 
 from mlflow_kdguard.config import RegistrySection
 from mlflow_kdguard.errors import KDGuardError, RegistryError
+from mlflow_kdguard.registry.database import make_whole
 
 _SECONDS = 5.0
 """How long a server may take to accept a connection before it counts as not there."""
@@ -45,6 +46,7 @@ class Connection:
         for uri in dict.fromkeys((self.tracking_uri, self.registry_uri)):
             refuse_unreachable(uri)
         with self.answering("open the stores"):
+            make_whole(self.tracking_uri)
             self.client = MlflowClient(self.tracking_uri, self.registry_uri)
 
     @property
@@ -85,7 +87,10 @@ def refuse_unreachable(uri: str) -> None:
 
     Raises RegistryError; files and schemes that cannot be asked cheaply are left to MLflow.
     """
-    parts = urlsplit(uri.removeprefix(_OURS))
+    try:
+        parts = urlsplit(uri.removeprefix(_OURS))
+    except ValueError as error:
+        raise RegistryError(f"{uri!r} is not the URI of an MLflow server.") from error
     scheme = parts.scheme.partition("+")[0]
     try:
         if scheme in ("http", "https"):
@@ -115,7 +120,7 @@ def _refuse_no_folder(parts: SplitResult) -> None:
     if file is None:
         return
     place = next((p for p in (file, *file.parents) if p.exists()), Path())
-    if not os.access(place, os.W_OK) or (place != file and not place.is_dir()):
+    if not os.access(place, os.W_OK) or place.is_dir() is (place == file):
         raise PermissionError(str(place))
 
 

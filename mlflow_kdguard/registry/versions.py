@@ -24,7 +24,7 @@ BUNDLE_TAG = "kdguard.bundle_sha256"
 LONGEST_TAG = 100_000
 """Characters that a model version's tag holds; MLflow refuses more."""
 
-_URI = re.compile(r"models:/(?P<name>[^/@:]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@:]+))")
+_URI = re.compile(r"models:/(?P<name>[^/@:]+)(?:/(?P<version>[0-9]{1,18})|@(?P<alias>[^/@:]+))")
 _REMOTE = frozenset(
     {"mlflow-artifacts", "s3", "gs", "wasbs", "abfss", "r2", "b2", "oss", "dbfs", "hdfs"}
 )
@@ -114,6 +114,8 @@ class Versions:
         stays, so that a digest check sees it. Raises RegistryError, UsageError where the path
         does not exist, ModelError past `limit` bytes, UnsafeModelError at links and odd names.
         """
+        if not uri:
+            raise UsageError("the model's name is empty.", remedy="Write models:/name/version.")
         if not uri.startswith("models:"):
             return _from_path(Path(uri), limit)
         version = self.find(uri)
@@ -201,15 +203,16 @@ class Versions:
             return str(version.version)
 
     def _fetch(self, source: str, limit: int) -> dict[str, bytes]:
-        scheme = urlsplit(source).scheme
+        scheme = _scheme(source)
         if scheme in ("", "file"):
             folder = Path(unquote(urlsplit(source).path) if scheme else source)
-            if not folder.is_dir():
+            if not (folder.is_absolute() and _is_folder(folder)):
                 raise RegistryError(
                     f"the version's folder {folder} is not on this machine.",
                     remedy="Let the server serve artifacts (--artifacts-destination).",
                 )
-            return bundle.read_folder(folder, limit=limit)
+            with self.connection.answering(f"read {folder}"):
+                return bundle.read_folder(folder, limit=limit)
         if scheme not in _REMOTE:
             raise UnsafeModelError(
                 f"the version's source {source!r} is not an artifact store.",
@@ -237,6 +240,21 @@ class Versions:
         return files
 
 
+def _scheme(source: str) -> str:
+    try:
+        return urlsplit(source).scheme
+    except ValueError as error:
+        raise UnsafeModelError(f"the version's source {source!r} is not a URI.") from error
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether a folder is there; a name that no file can have is none."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def _listed(store: Any) -> dict[str, int]:
     """Paths and sizes of all files below the store's root; UnsafeModelError at a path outside."""
     sizes: dict[str, int] = {}
@@ -256,15 +274,18 @@ def _listed(store: Any) -> dict[str, int]:
 
 
 def _from_path(path: Path, limit: int) -> Bundle:
-    if path.is_dir():
-        files = bundle.read_folder(path, limit=limit)
-        files.pop(bundle.ADDED_BY_CLIENT, None)
-        return Bundle(uri=str(path), files=files)
-    if not path.is_file():
-        raise UsageError(f"there is no model at {path}.", remedy="Check the path.")
-    if path.stat().st_size > limit:
-        raise bundle.too_large(str(path), limit)
-    return Bundle(uri=str(path), files={path.name: path.read_bytes()})
+    try:
+        if path.is_dir():
+            files = bundle.read_folder(path, limit=limit)
+            files.pop(bundle.ADDED_BY_CLIENT, None)
+            return Bundle(uri=str(path), files=files)
+        if not path.is_file():
+            raise UsageError(f"there is no model at {path}.", remedy="Check the path.")
+        if path.stat().st_size > limit:
+            raise bundle.too_large(str(path), limit)
+        return Bundle(uri=str(path), files={path.name: path.read_bytes()})
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}.") from error
 
 
 def _text(envelope: bytes, uri: str) -> str:
