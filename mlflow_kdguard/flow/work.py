@@ -33,7 +33,7 @@ from mlflow_kdguard.registry import Registry, Run
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Entry", "Grant", "Produced", "Work", "dump", "opened", "tools"]
+__all__ = ["Entry", "Grant", "Produced", "Work", "begun", "dump", "opened", "tools"]
 
 RUN_FILE, CONFIG_FILE = "run.json", "config.json"
 
@@ -161,6 +161,15 @@ def opened(
                 config, grant, folder, Ledger(folder), registry, run, device, progress, baseline
             )
         write_json(folder / RUN_FILE, {**state, "status": "FINISHED"})
+
+
+def begun(folder: Path) -> str | None:
+    """The MLflow run whose work is in the folder."""
+    try:
+        run_id = json.loads((folder / RUN_FILE).read_text())["run_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return run_id if isinstance(run_id, str) else None
 
 
 def _describe(run: Run, config: GuardConfig, folder: Path) -> None:

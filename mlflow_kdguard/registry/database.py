@@ -21,8 +21,10 @@ def make_whole(uri: str) -> None:
     if file is None or file.exists():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
+    for old in file.parent.glob(f".{file.name}.*.tmp"):
+        if not _alive(old.name.split(".")[-2]):
+            old.unlink(missing_ok=True)
     draft = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    draft.unlink(missing_ok=True)
     try:
         MlflowClient(f"sqlite:///{draft}", f"sqlite:///{draft}").search_experiments(max_results=1)
         os.link(draft, file)
@@ -39,3 +41,13 @@ def sqlite_file(uri: str) -> Path | None:
         return None
     name = parts.path[1:]
     return None if not name or name == ":memory:" else Path(name)
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -23,7 +23,7 @@ METHODS = sorted(extensions.BUILT_IN["bound"])
 CPU = torch.device("cpu")
 SHIPPED = split.STEPS, refine.STEPS, refine.ROUNDS
 QUICK = settings(max_examples=3, deadline=None, derandomize=True)
-THOROUGH = settings(max_examples=60, deadline=None, derandomize=True)
+THOROUGH = settings(max_examples=12, deadline=None, derandomize=True)
 
 kinds = st.sampled_from(sorted(toygraphs.KINDS))
 seeds = st.integers(0, 10_000)
