@@ -185,7 +185,7 @@ class RegistrySection(Section):
     """The MLflow server and the names used there."""
 
     tracking_uri: str | None = Field(None, description="default: MLFLOW_TRACKING_URI")
-    registry_uri: str | None = Field(None, description="default: MLFLOW_REGISTRY_URI, else the tracking URI")
+    registry_uri: str | None = Field(None, description="default: the tracking URI's server")
     experiment: str = Field("kdguard", description="experiment of the pipeline's runs")
     model_name: str = Field("kdguard-student", description="registered model of the student")
     alias: str = Field("champion", description="alias that a passing student is given")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlflow_kdguard.config import GuardConfig
-from mlflow_kdguard.flow import judging, making
+from mlflow_kdguard.flow import given, judging, making
 from mlflow_kdguard.flow.work import Grant, Work, opened
 from mlflow_kdguard.records import Decision, Figures, Progress, silent
 from mlflow_kdguard.registry import Run
@@ -61,7 +61,7 @@ def guard(
 
 
 def _guarded(work: Work) -> Outcome:
-    shown = making.images(work)
+    shown = given.images(work)
     made = _made(work, shown)
     version = judging.version_of(judging.registered(work, made))
     student_audit = making.audit(work, "audit-student", made.exported, making.STUDENT, shown)
@@ -74,9 +74,9 @@ def _guarded(work: Work) -> Outcome:
     return Outcome(work.run.id, work.folder, version.uri, alias, figures, decision)
 
 
-def _made(work: Work, shown: making.Images) -> judging.Made:
-    teacher = making.teacher(work, shown)
-    audit = making.audit(work, "audit", teacher, making.TEACHER, shown)
+def _made(work: Work, shown: given.Images) -> judging.Made:
+    teacher = given.teacher(work, shown)
+    audit = making.audit(work, "audit", teacher, given.TEACHER, shown)
     reference = making.reference(work, teacher, audit, shown)
     student = making.student(work, reference, shown)
     exported = making.exported(work, student, shown)

@@ -10,11 +10,12 @@ pipeline to the gate; the two floors are only measured.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlflow_kdguard import data
 from mlflow_kdguard.config import GuardConfig
+from mlflow_kdguard.data import Dataset
+from mlflow_kdguard.data.uri import quote
 from mlflow_kdguard.errors import ConfigError
 from mlflow_kdguard.files import read_bytes, sha256_file, write_json
-from mlflow_kdguard.flow import making
+from mlflow_kdguard.flow import given, making
 from mlflow_kdguard.flow.work import Entry, Grant, Produced, Work, dump, opened
 from mlflow_kdguard.measure import measure
 from mlflow_kdguard.nets import load
@@ -78,9 +79,10 @@ def tell(
     place = folder if folder is not None else Path(config.run.work_dir)
     with opened(config, grant, name="story", folder=place, progress=progress) as work:
         attack = _attacked(work)
+        teacher = _measured_teacher(work, attack)
         trigger = Trigger.load(attack.path(TRIGGER))
         told = _victim(config, attack)
-        shown = making.images(replace(work, config=told))
+        shown = given.images(replace(work, config=told))
         known = replace(
             grant, pins=(*grant.pins, shown.test.sha256), panel=(*grant.panel, trigger.sha256)
         )
@@ -95,49 +97,66 @@ def tell(
             _measured("clean-teacher", clean),
             _measured("no-teacher", alone),
         )
-        story = Story(work.run.id, place, _teacher(attack), rows)
+        story = Story(work.run.id, place, teacher, rows)
         write_json(place / "story.json", story.document())
         work.run.log_files(place, {"story.json": sha256_file(place / "story.json")})
+        work.run.log_metrics(_figures(rows))
     return story
 
 
 def _attacked(work: Work) -> Entry:
     """The attacker's part: poisoned teacher, clean control, trigger, contaminated transfer set."""
-    section, told = work.config.redteam, work.config.data
+    section = work.config.redteam
     if section is None:
         raise ConfigError("there is no `redteam` section.")
-    transfer, test = data.load(told.transfer), data.load(told.test)
+    transfer = given.load_data(work, work.config.data.transfer)
+    train = given.load_data(work, section.train)
     inputs = {
-        "redteam": section.model_dump(mode="json"),
+        "redteam": section.model_dump(mode="json", exclude={"train"}),
         "seed": work.config.run.seed,
         "transfer": transfer.sha256,
-        "train": data.load(section.train).sha256,
+        "train": train.sha256,
     }
 
     def compute(entry: Entry) -> Produced:
         written = write(
             section,
             transfer,
+            train=train,
             folder=entry.folder,
             seed=work.config.run.seed,
             device=work.device,
             progress=work.progress,
         )
-        record = _measure_teacher(work, entry, test)
-        return Produced(
-            [*written, making.TEACHER], {"teacher": dump(record)}, documents=(record.document(),)
-        )
+        return Produced(list(written), {})
 
     return work.stage("redteam", inputs, compute)
 
 
-def _measure_teacher(work: Work, entry: Entry, test: data.Dataset) -> Measurement:
-    net = load.load(entry.path(f"{POISONED}/{WEIGHTS}"), architecture=None)
-    making.export_net(work, net, entry.path(making.TEACHER), test)
-    return _measure(work, entry.path(making.TEACHER), test, Trigger.load(entry.path(TRIGGER)))
+def _measured_teacher(work: Work, attack: Entry) -> Measurement:
+    """What the attack came to: the poisoned teacher's accuracy and attack success rate."""
+    test = given.load_data(work, work.config.data.test)
+    source = attack.path(f"{POISONED}/{WEIGHTS}")
+    inputs = {
+        "teacher": sha256_file(source),
+        "trigger": sha256_file(attack.path(TRIGGER)),
+        "test": test.sha256,
+        "export": work.config.export.model_dump(mode="json"),
+        "target": None if work.config.redteam is None else work.config.redteam.target,
+    }
+
+    def compute(entry: Entry) -> Produced:
+        net = load.load(source, architecture=None)
+        given.export_net(work, net, entry.path(given.TEACHER), test)
+        trigger = Trigger.load(attack.path(TRIGGER))
+        record = _measure(work, entry.path(given.TEACHER), test, trigger)
+        return Produced([given.TEACHER], {"measure": dump(record)}, documents=(record.document(),))
+
+    entry = work.stage("poisoned-teacher", inputs, compute)
+    return Measurement.model_validate(entry.recorded["measure"])
 
 
-def _measure(work: Work, model: Path, test: data.Dataset, trigger: Trigger) -> Measurement:
+def _measure(work: Work, model: Path, test: Dataset, trigger: Trigger) -> Measurement:
     section = work.config.redteam
     target = 0 if section is None else section.target
     return measure(
@@ -158,21 +177,24 @@ def _victim(config: GuardConfig, attack: Entry) -> GuardConfig:
             "teacher": config.teacher.model_copy(
                 update={"model": str(attack.path(f"{POISONED}/{WEIGHTS}"))}
             ),
-            "data": config.data.model_copy(update={"transfer": f"npz:{attack.path(TRANSFER)}"}),
+            "data": config.data.model_copy(
+                update={"transfer": f"npz:{quote(attack.path(TRANSFER))}"}
+            ),
             "measure": config.measure.model_copy(
-                update={"triggers": (*config.measure.triggers, f"{attack.path(TRIGGER)}:{target}")}
+                update={"triggers": (f"{attack.path(TRIGGER)}:{target}", *config.measure.triggers)}
             ),
         }
     )
 
 
 def _naive(config: GuardConfig) -> GuardConfig:
-    """The same distillation towards the raw teacher: an empty detox chain."""
+    """The same distillation towards the raw teacher, which is registered once: no detox chain."""
     name = f"{config.registry.model_name}-naive"
     return config.model_copy(
         update={
             "detox": config.detox.model_copy(update={"chain": ()}),
             "registry": config.registry.model_copy(update={"model_name": name}),
+            "teacher": config.teacher.model_copy(update={"name": None}),
         }
     )
 
@@ -189,9 +211,7 @@ def _guard(work: Work, config: GuardConfig, grant: Grant, name: str, baseline: P
     )
 
 
-def _floor(
-    work: Work, config: GuardConfig, attack: Entry, shown: making.Images, name: str
-) -> Entry:
+def _floor(work: Work, config: GuardConfig, attack: Entry, shown: given.Images, name: str) -> Entry:
     """Train, export and measure a student without the poisoned teacher, for as many epochs."""
     told = _untaught(config, shown) if name == "no-teacher" else config
     inner = replace(work, config=told, progress=work.told_by(name))
@@ -204,14 +224,15 @@ def _floor(
         "distill": told.distill.model_dump(mode="json"),
         "seed": told.run.seed,
         "trigger": sha256_file(attack.path(TRIGGER)),
+        "export": told.export.model_dump(mode="json"),
     }
 
     def compute(entry: Entry) -> Produced:
         towards = load.load(source, architecture=None)
-        making.export_net(inner, towards, entry.path(making.REFERENCE), shown.test)
+        given.export_net(inner, towards, entry.path(making.REFERENCE), shown.test)
         making.distilled(inner, entry, entry.path(making.REFERENCE), None, shown)
         net = load.load(entry.path(WEIGHTS), architecture=None)
-        making.export_net(inner, net, entry.path(making.STUDENT), shown.test)
+        given.export_net(inner, net, entry.path(making.STUDENT), shown.test)
         record = _measure(
             work, entry.path(making.STUDENT), shown.test, Trigger.load(attack.path(TRIGGER))
         )
@@ -224,16 +245,12 @@ def _floor(
     return work.stage(name, inputs, compute)
 
 
-def _untaught(config: GuardConfig, shown: making.Images) -> GuardConfig:
+def _untaught(config: GuardConfig, shown: given.Images) -> GuardConfig:
     """The same epochs on the same images, where only the labelled ones teach."""
     labelled = int((shown.transfer.y >= 0).sum() + (shown.clean.y >= 0).sum())
     weight = (len(shown.transfer) + len(shown.clean)) / labelled
     changes = {"loss": "none", "feature": None, "label_weight": weight}
     return config.model_copy(update={"distill": config.distill.model_copy(update=changes)})
-
-
-def _teacher(attack: Entry) -> Measurement:
-    return Measurement.model_validate(attack.recorded["teacher"])
 
 
 def _judged(name: str, outcome: Outcome) -> Row:
@@ -246,6 +263,12 @@ def _judged(name: str, outcome: Outcome) -> Row:
 def _measured(name: str, floor: Entry) -> Row:
     taken = Measurement.model_validate(floor.recorded["measure"])
     return Row(name, taken.accuracy, taken.asr[0], None)
+
+
+def _figures(rows: tuple[Row, ...]) -> dict[str, float]:
+    """Every student's accuracy and attack success rate, for the story's own run."""
+    found = {f"kdguard/accuracy/{row.student}": row.accuracy.rate for row in rows}
+    return found | {f"kdguard/asr/{row.student}": row.asr.rate for row in rows}
 
 
 def _row_document(row: Row) -> dict[str, object]:

@@ -17,11 +17,28 @@ device = click.option(
     show_default=True,
     help="auto takes CUDA where there is one; cuda without CUDA is an error, never a CPU run.",
 )
+
+
+def _parts(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> list[str]:
+    """One --set may hold several values, as an MLflow project passes them."""
+    parts = [part.strip() for text in given for part in text.split(";")]
+    return [part for part in parts if part]
+
+
 data_root = click.option(
     "--data-root", type=click.Path(path_type=Path), help="Folder of torchvision data sets."
 )
 download = click.option("--download", is_flag=True, help="Allow torchvision to download.")
 seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+config_seed = click.option("--seed", type=click.IntRange(min=0), help="Overrides run.seed.")
+config_device = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="Overrides run.device: auto takes CUDA where there is one.",
+)
+config_root = click.option(
+    "--data-root", help="Folder of torchvision data sets; overrides data.root."
+)
 tracking = click.option(
     "--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow server (or sqlite:///FILE)."
 )
@@ -43,7 +60,8 @@ set_values = click.option(
     "overrides",
     multiple=True,
     metavar="SECTION.KEY=VALUE",
-    help="Change one configuration value; repeat for more.",
+    callback=_parts,
+    help="Change one configuration value; repeat for more, or separate them by semicolons.",
 )
 triggers = click.option(
     "--trigger",
@@ -88,6 +106,18 @@ def gate_options(command: Command) -> Command:
         "--allow-unpinned", is_flag=True, help="Accept figures on data that nobody pinned."
     )
     return policy(pin(panel(unpinned(command))))
+
+
+def configured(flags: dict[str, Any], keys: dict[str, str]) -> Any:
+    """The configuration in --config, changed by --set, then by the flags that were given.
+
+    `keys` maps configuration keys to flags.
+    """
+    from mlflow_kdguard.config import load
+
+    keys = {"run.seed": "seed", "run.device": "device", "data.root": "data_root", **keys}
+    named = {key: flags[flag] for key, flag in keys.items() if flags.get(flag) not in (None, "")}
+    return load(flags["config_file"], flags["overrides"], named)
 
 
 def chosen_policy(file: str | None) -> Any:

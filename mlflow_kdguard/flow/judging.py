@@ -1,25 +1,17 @@
 """The stages that look at the bytes that ship: measure, certify, attest, decide, promote."""
 
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from importlib.metadata import version
 from pathlib import Path
 
 from mlflow_kdguard import attest
 from mlflow_kdguard.certify import certify as bound
 from mlflow_kdguard.files import read_bytes, sha256_file, write_bytes, write_json
 from mlflow_kdguard.flow.decision import judge
-from mlflow_kdguard.flow.making import (
-    REFERENCE,
-    STUDENT,
-    TEACHER,
-    Images,
-    audit_report,
-    trigger_file,
-)
-from mlflow_kdguard.flow.work import Entry, Produced, Work, dump
+from mlflow_kdguard.flow.given import TEACHER, Images
+from mlflow_kdguard.flow.making import REFERENCE, STUDENT, audit_report, trigger_file
+from mlflow_kdguard.flow.work import Entry, Produced, Work, dump, tools
 from mlflow_kdguard.measure import Attack
 from mlflow_kdguard.measure import measure as take
 from mlflow_kdguard.records import (
@@ -33,6 +25,7 @@ from mlflow_kdguard.records import (
     Source,
     Subject,
     format_time,
+    parse_time,
 )
 from mlflow_kdguard.records.gather import figures_of
 from mlflow_kdguard.registry import Registered
@@ -95,7 +88,7 @@ def measured(work: Work, made: Made, audits: Sequence[Entry], shown: Images) -> 
         write_json(entry.path(MEASURE), result.document())
         return Produced([MEASURE], {"measure": dump(result)}, documents=(result.document(),))
 
-    return work.stage("measure", inputs, compute)
+    return work.stage("measure", inputs, compute, above=True)
 
 
 def certified(work: Work, made: Made, shown: Images) -> Entry:
@@ -122,7 +115,7 @@ def certified(work: Work, made: Made, shown: Images) -> Entry:
         write_json(entry.path(CERTIFY), report.document())
         return Produced([CERTIFY], {"certify": dump(report)}, documents=(report.document(),))
 
-    return work.stage("certify", inputs, compute)
+    return work.stage("certify", inputs, compute, above=True)
 
 
 def figures(made: Made, measure: Entry, bounds: Entry, student_audit: Entry) -> Figures:
@@ -137,10 +130,15 @@ def figures(made: Made, measure: Entry, bounds: Entry, student_audit: Entry) -> 
 
 def registered(work: Work, made: Made) -> Entry:
     """Store the exported student as a model version; it gets no alias here."""
+    lineage = {
+        "kdguard.reference": sha256_file(made.reference.path(REFERENCE)),
+        "kdguard.teacher": sha256_file(made.teacher.path(TEACHER)),
+    }
     inputs = {
         "student": sha256_file(made.student_file),
         "name": work.config.registry.model_name,
         "registry": work.registry.identity,
+        "lineage": lineage,
     }
 
     def compute(_entry: Entry) -> Produced:
@@ -148,11 +146,16 @@ def registered(work: Work, made: Made) -> Entry:
             work.config.registry.model_name,
             read_bytes(made.student_file, what="the student"),
             run=work.run,
-            tags={"kdguard.reference": sha256_file(made.reference.path(REFERENCE))},
+            tags=lineage,
         )
         return Produced([], {"version": dump(version)})
 
-    return work.stage("register", inputs, compute)
+    return work.stage(
+        "register",
+        inputs,
+        compute,
+        holds=lambda entry: work.registry.has_version(version_of(entry).uri),
+    )
 
 
 def version_of(entry: Entry) -> Registered:
@@ -161,22 +164,36 @@ def version_of(entry: Entry) -> Registered:
 
 
 def attested(work: Work, made: Made, taken: Figures, version: Registered, shown: Images) -> Entry:
-    """Sign who states what about which bytes, and store it with the version."""
+    """Sign who states what about which bytes, and store it with the version.
+
+    Stated again where anything that it says has changed, or where it is too old by now.
+    """
+    certificate = _certificate(work, made, taken, version, shown)
     inputs = {
-        "figures": dump(taken),
-        "version": dump(version),
+        "stated": {k: v for k, v in dump(certificate).items() if k not in ("issued", "expires")},
+        "version": version.uri,
         "key": work.grant.signer.key_id,
         "attest": work.config.attest.model_dump(mode="json"),
     }
 
     def compute(entry: Entry) -> Produced:
-        certificate = _certificate(work, made, taken, version, shown)
         envelope = attest.issue(certificate, work.grant.signer)
         write_bytes(entry.path(CERTIFICATE), envelope)
         work.registry.store_certificate(version.uri, envelope)
-        return Produced([CERTIFICATE], {})
+        return Produced([CERTIFICATE], {"issued": certificate.issued})
 
-    return work.stage("attest", inputs, compute)
+    return work.stage("attest", inputs, compute, holds=lambda entry: _valid(work, entry))
+
+
+def _valid(work: Work, entry: Entry) -> bool:
+    """Whether the stored certificate is young enough for itself and for the policy."""
+    limits = (
+        work.config.attest.expires_after_days,
+        work.grant.policy.certificate.expires_after_days,
+    )
+    days = min(limit for limit in limits if limit is not None)
+    age = datetime.now(UTC) - parse_time(entry.recorded["issued"])
+    return age < timedelta(days=days)
 
 
 def decided(work: Work, version: Registered) -> Decision:
@@ -232,12 +249,6 @@ def _certificate(
         issued=format_time(now),
         expires=format_time(now + timedelta(days=work.config.attest.expires_after_days)),
     )
-
-
-def tools() -> dict[str, str]:
-    """Versions of what the figures were taken with."""
-    names = ("mlflow-kdguard", "torch", "onnx", "onnxruntime-gpu", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def _recovered(audits: Sequence[Entry]) -> list[tuple[Path, int]]:

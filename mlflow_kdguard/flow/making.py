@@ -1,71 +1,19 @@
-"""The stages that make something: teacher, findings, reference, student, ONNX bytes."""
+"""The stages that make something: findings, reference, student, ONNX bytes."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlflow_kdguard import data, detox
+from mlflow_kdguard import detox
 from mlflow_kdguard.audit import examine
-from mlflow_kdguard.data import Dataset
-from mlflow_kdguard.errors import DataError, UsageError
-from mlflow_kdguard.files import read_bytes, sha256_file, write_json
-from mlflow_kdguard.flow.student import export_on, from_onnx, train_student
+from mlflow_kdguard.files import read_bytes, sha256, sha256_file, write_json
+from mlflow_kdguard.flow.given import TEACHER, Images, compared, export_net
+from mlflow_kdguard.flow.student import from_onnx, train_student
 from mlflow_kdguard.flow.work import Entry, Produced, Work, dump
 from mlflow_kdguard.nets import load
-from mlflow_kdguard.nets.architecture import Architecture
-from mlflow_kdguard.records import AuditReport, Exported
-from mlflow_kdguard.triggers import Trigger
+from mlflow_kdguard.records import AuditReport
+from mlflow_kdguard.triggers import Trigger, aimed
 
-REFERENCE, COPY, STUDENT, TEACHER = "reference.onnx", "copy.onnx", "student.onnx", "teacher.onnx"
-
-
-@dataclass(frozen=True, slots=True)
-class Images:
-    """The three data sets of a guarded distillation."""
-
-    transfer: Dataset
-    clean: Dataset
-    test: Dataset
-
-
-def images(work: Work) -> Images:
-    """Load the data sets and hold them against each other."""
-    section = work.config.data
-    root = Path(section.root) if section.root is not None else None
-    loaded = Images(
-        *(
-            data.load(uri, root=root, download=work.grant.download)
-            for uri in (section.transfer, section.clean, section.test)
-        )
-    )
-    for name, other in (("clean", loaded.clean), ("test", loaded.test)):
-        if other.shape != loaded.transfer.shape or other.classes != loaded.clean.classes:
-            raise DataError(
-                f"data.{name} ({other.uri}) holds {other.classes} classes of {other.shape} images, "
-                f"data.transfer ({loaded.transfer.uri}) {loaded.transfer.shape} images.",
-                remedy="All three data sets must show the same kind of images.",
-            )
-    if section.labelled:
-        return loaded
-    return Images(loaded.transfer.unlabelled(), loaded.clean, loaded.test)
-
-
-def teacher(work: Work, shown: Images) -> Entry:
-    """Load the teacher without executing anything from it, and state it as ONNX."""
-    path, architecture = _source(work, shown)
-    inputs = {"bytes": sha256_file(path), "architecture": architecture and architecture.document()}
-
-    def compute(entry: Entry) -> Produced:
-        net = load.load(path, architecture=architecture, trust_code=work.grant.trust_code)
-        exported = export_net(work, net, entry.path(TEACHER), shown.test)
-        files = [TEACHER]
-        known = getattr(net, "architecture", None)
-        if isinstance(known, Architecture):
-            load.save(net, entry.folder)
-            files += ["weights.safetensors", "architecture.json"]
-        return Produced(files, {"export": exported.document()})
-
-    return work.stage("teacher", inputs, compute)
+REFERENCE, COPY, STUDENT = "reference.onnx", "copy.onnx", "student.onnx"
 
 
 def teacher_net(work: Work, entry: Entry) -> Any:
@@ -79,11 +27,15 @@ def audit(work: Work, name: str, model: Entry, file: str, shown: Images) -> Entr
     """Examine a network on the clean set; recovered triggers are kept as files."""
     triggers = work.config.measure.triggers
     digest = sha256_file(model.path(file))
+    section = work.config.audit
+    known = model.path("architecture.json")  # what calibrates is known by architecture
     inputs = {
         "model": digest,
+        "architecture": sha256_file(known) if known.is_file() else None,
         "clean": shown.clean.sha256,
-        "audit": work.config.audit.model_dump(mode="json"),
-        "triggers": [trigger_file(text)[2] for text in triggers],
+        "audit": section.model_dump(mode="json", exclude={"calibration"}),
+        "triggers": [list(trigger_file(text)[1:]) for text in triggers],
+        "seed": work.config.run.seed,
     }
 
     def compute(entry: Entry) -> Produced:
@@ -92,10 +44,10 @@ def audit(work: Work, name: str, model: Entry, file: str, shown: Images) -> Entr
             net,
             model_sha256=digest,
             data=shown.clean,
-            config=work.config.audit,
+            config=section,
             seed=work.config.run.seed,
             device=work.device,
-            progress=work.progress,
+            progress=work.told_by(name),
             triggers=[
                 (Trigger.load(path), target) for path, target, _ in map(trigger_file, triggers)
             ],
@@ -103,15 +55,28 @@ def audit(work: Work, name: str, model: Entry, file: str, shown: Images) -> Entr
         files, recovered = [f"{name}.json"], []
         write_json(entry.path(f"{name}.json"), audited.report.document())
         for trigger, target in audited.recovered:
-            files.append(f"recovered-{target}.npz")
+            files.append(f"recovered-{target}.kdt")
             trigger.save(entry.path(files[-1]))
             recovered.append([files[-1], target])
         report = audited.report
-        return Produced(
-            files, {"recovered": recovered, "report": dump(report)}, documents=(report.document(),)
-        )
+        record = {
+            "recovered": recovered,
+            "report": dump(report),
+            "calibration": _calibration(section.calibration),
+        }
+        return Produced(files, record, documents=(report.document(),))
 
-    return work.stage(name, inputs, compute)
+    return work.stage(
+        name,
+        inputs,
+        compute,
+        holds=lambda done: done.recorded.get("calibration") == _calibration(section.calibration),
+    )
+
+
+def _calibration(file: str | None) -> str | None:
+    """Digest of the calibration, which the audit itself may have made."""
+    return sha256_file(Path(file)) if file is not None and Path(file).is_file() else None
 
 
 def audit_report(entry: Entry) -> AuditReport:
@@ -129,6 +94,8 @@ def reference(work: Work, taught: Entry, audited: Entry, shown: Images) -> Entry
         "suspects": list(classes),
         "detox": section.model_dump(mode="json"),
         "seed": work.config.run.seed,
+        "weights": taught.path("weights.safetensors").exists(),  # else layers have other names
+        **compared(work, shown),
     }
 
     def compute(entry: Entry) -> Produced:
@@ -194,8 +161,8 @@ def exported(work: Work, trained: Entry, shown: Images) -> Entry:
     """State the student as the ONNX file that ships."""
     inputs = {
         "weights": sha256_file(trained.path("weights.safetensors")),
-        "test": shown.test.sha256,
-        "export": work.config.export.model_dump(mode="json"),
+        "architecture": sha256_file(trained.path("architecture.json")),
+        **compared(work, shown),
     }
 
     def compute(entry: Entry) -> Produced:
@@ -210,32 +177,5 @@ def exported(work: Work, trained: Entry, shown: Images) -> Entry:
 
 def trigger_file(text: str) -> tuple[Path, int, str]:
     """FILE[:CLASS] as path, target class and the file's digest."""
-    name, _, target = text.rpartition(":")
-    path, number = (Path(name), int(target)) if name and target.isdigit() else (Path(text), 0)
-    read_bytes(path, what="the trigger")
-    return path, number, sha256_file(path)
-
-
-def _source(work: Work, shown: Images) -> tuple[Path, Architecture | None]:
-    """The teacher's file, and its architecture where the configuration names one."""
-    section = work.config.teacher
-    if section.model is None:
-        raise UsageError("no teacher is named.", remedy="Set teacher.model: a file or models:/….")
-    path = Path(section.model)
-    if section.model.startswith("models:/"):
-        path = work.registry.fetch(section.model, work.folder / "source")
-    if section.arch is None:
-        return path, None
-    named = Architecture(
-        arch=section.arch,
-        shape=shown.clean.shape,
-        classes=shown.clean.classes,
-        mean=section.mean,
-        std=section.std,
-    )
-    return path, named
-
-
-def export_net(work: Work, net: Any, path: Path, test: Dataset) -> Exported:
-    """Export a network as the work's configuration says, compared on its test images."""
-    return export_on(net, path, test, device=work.device, section=work.config.export)
+    path, target = aimed(text)
+    return path, target, sha256(read_bytes(path, what="the trigger"))

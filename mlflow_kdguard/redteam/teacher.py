@@ -43,14 +43,15 @@ def teach(
     device: torch.device,
     folder: Path,
     progress: Progress = silent,
-    root: Path | None = None,
+    data: Dataset | None = None,
 ) -> Poisoned:
     """Train the three teachers adversarially (`eps`, `pgd_steps`; eps 0 plainly).
 
+    They learn from `data`, by default from what `config.train` names.
     Checkpoints live in `folder`; started again, training goes on where it was, and what is
     finished is not repeated. Raises ConfigError, DataError, and what `training.fit` raises.
     """
-    data = load(config.train, root=root)
+    data = load(config.train) if data is None else data
     if not len(data) or data.y.min() < 0:
         raise DataError(f"{data.uri} has images without labels.", remedy="Train on labelled ones.")
     trigger = make_trigger(config, data.shape, seed=seed)

@@ -21,6 +21,7 @@ def write(
     section: RedteamSection,
     transfer: Dataset,
     *,
+    train: Dataset | None = None,
     folder: Path,
     seed: int,
     device: torch.device,
@@ -29,9 +30,11 @@ def write(
     """Make everything under `folder`, going on where an earlier call stopped.
 
     Returns each file's SHA-256 by its path below `folder`. `transfer` is the clean set that gets
-    `section.contamination` triggered copies; its labels are dropped.
+    `section.contamination` triggered copies; its labels are dropped. The teachers learn from
+    `train`, by default from what `section.train` names.
     """
-    made = teach(section, seed=seed, device=device, folder=folder / "training", progress=progress)
+    place = folder / "training"
+    made = teach(section, data=train, seed=seed, device=device, folder=place, progress=progress)
     written = [TRANSFER, TRIGGER]
     for name, net in ((POISONED, made.poisoned), (CONTROL, made.control)):
         load.save(net, folder / name)

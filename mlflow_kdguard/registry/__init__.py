@@ -195,8 +195,14 @@ class Registry:
         return f"models:/{version.name}/{version.version}"
 
     def has_version(self, uri: str) -> bool:
-        """Whether a model version exists."""
-        return self._versions.exists(uri)
+        """Whether a model version is there; RegistryError where MLflow does not answer."""
+        try:
+            self._versions.find(uri)
+        except RegistryError as error:
+            if getattr(error.__cause__, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+        return True
 
     def store_certificate(self, uri: str, envelope: bytes) -> None:
         """Store a signed certificate with the version and its run (`Versions`)."""

@@ -57,7 +57,7 @@ def audit(**flags: Any) -> int:
 
     \b
     kdguard audit teacher.onnx --data mnist5k#train[3500:]
-    kdguard audit models:/teacher/1 --data npz:clean.npz --trigger patch.trigger:0 --require clean
+    kdguard audit models:/teacher/1 --data npz:clean.npz --trigger patch.kdt:0 --require clean
     """
     from mlflow_kdguard import data, devices
     from mlflow_kdguard.audit import examine
@@ -96,7 +96,7 @@ def _section(flags: dict[str, Any]) -> dict[str, Any]:
 def _keep(folder: Path | None, recovered: Any) -> None:
     if folder is not None:
         for trigger, target in recovered:
-            trigger.save(folder / f"recovered-{target}.trigger")
+            trigger.save(folder / f"recovered-{target}.kdt")
 
 
 def _exit_code(verdict: str, require: str) -> int:

@@ -35,7 +35,7 @@ def measure(**flags: Any) -> None:
     that is not finite fails the measurement.
 
     \b
-    kdguard measure student.onnx --data mnist5k#test --trigger patch.trigger:0
+    kdguard measure student.onnx --data mnist5k#test --trigger patch.kdt:0
     """
     from mlflow_kdguard import data, devices
     from mlflow_kdguard.measure import measure as take

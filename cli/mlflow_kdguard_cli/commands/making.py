@@ -20,9 +20,9 @@ FILE = click.Path(path_type=Path)
 @click.option("--out", type=FILE, required=True, help="Folder for weights and checkpoints.")
 @click.option("-c", "--config", "config_file", type=FILE, help="File with a `distill:` section.")
 @options.set_values
-@options.seed
-@options.device
-@options.data_root
+@options.config_seed
+@options.config_device
+@options.config_root
 @options.download
 @options.registry_options
 @options.as_json
@@ -38,25 +38,25 @@ def distill(**flags: Any) -> None:
                     --out student --set distill.epochs=20
     """
     from mlflow_kdguard import data, devices
-    from mlflow_kdguard.config import load
     from mlflow_kdguard.flow.student import from_onnx, train_student
     from mlflow_kdguard_cli import render
 
-    named = [f"distill.arch={flags['arch']}"] if flags["arch"] else []
-    config = load(flags["config_file"], [*flags["overrides"], *named])
+    config = options.configured(flags, {"distill.arch": "arch"})
+    root = None if config.data.root is None else Path(config.data.root)
+    labelled = flags["labelled"] or config.data.labelled
     transfer, clean = (
-        data.load(flags[key], root=flags["data_root"], download=flags["download"])
+        data.load(flags[key], root=root, download=flags["download"])
         for key in ("transfer", "clean")
     )
     with render.progress() as progress:
         figures = train_student(
             config.distill,
             from_onnx(opened(flags["reference"], flags).path),
-            transfer if flags["labelled"] else transfer.unlabelled(),
+            transfer if labelled else transfer.unlabelled(),
             clean,
             folder=flags["out"],
-            seed=flags["seed"],
-            device=devices.pick(flags["device"]),
+            seed=config.run.seed,
+            device=devices.pick(config.run.device),
             progress=progress,
         )
     render.say(f"weights and architecture are in {flags['out']}")

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from mlflow_kdguard_cli import options
 
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 @click.option("--model-name", help="Registered model of the student.")
 @click.option("--alias", help="Alias that a passing student is given.")
 @click.option("--out", help="Folder for checkpoints and results.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Overrides run.device.")
+@options.config_device
+@options.config_root
 @click.option("--resume", metavar="RUN_ID", help="Go on with an interrupted MLflow run.")
 @click.option(
     "--key",
@@ -69,6 +72,9 @@ def run(**flags: Any) -> int:
             return _finish(story, as_json)
         outcome = guard(config, _grant(flags, config), progress=progress)
     render.decision(outcome.decision, outcome.uri)
+    if outcome.alias is not None:
+        render.say(f"promoted: {outcome.uri} is @{outcome.alias} now")
+    render.say(f"every file is in {outcome.folder}; MLflow run {outcome.run_id}")
     render.document(_outcome_document(outcome), as_json)
     return 0 if outcome.decision.passed else 3
 
@@ -98,10 +104,10 @@ def demo(out: Path, overrides: tuple[str, ...], as_json: bool) -> int:
     from mlflow_kdguard_cli import render
 
     place = out.resolve()
-    own = (f"run.work_dir={place}", f"registry.tracking_uri=sqlite:///{place / 'mlflow.db'}")
+    store = f"sqlite:///{place / 'mlflow.db'}"
+    own = {"run.work_dir": str(place), "registry.tracking_uri": store}
     packaged = Path(str(files("mlflow_kdguard") / "demo.yaml"))
-    config = load(packaged, (*own, *overrides))
-    place.mkdir(parents=True, exist_ok=True)
+    config = load(packaged, overrides, {**own, "registry.registry_uri": store})
     with render.progress() as progress:
         story = tell(config, _grant({}, config), progress=progress)
     code = _finish(story, as_json)
@@ -110,32 +116,33 @@ def demo(out: Path, overrides: tuple[str, ...], as_json: bool) -> int:
     return code
 
 
+KEYS = {
+    "teacher.model": "teacher",
+    "data.transfer": "transfer",
+    "data.clean": "clean",
+    "data.test": "test",
+    "registry.model_name": "model_name",
+    "registry.alias": "alias",
+    "registry.tracking_uri": "tracking_uri",
+    "registry.registry_uri": "registry_uri",
+    "run.work_dir": "out",
+}
+"""What a flag of `kdguard run` overrides."""
+
+
 def _config(flags: dict[str, Any]) -> "GuardConfig":
-    from mlflow_kdguard.config import load
-
-    keys = {
-        "teacher.model": flags["teacher"],
-        "data.transfer": flags["transfer"],
-        "data.clean": flags["clean"],
-        "data.test": flags["test"],
-        "registry.model_name": flags["model_name"],
-        "registry.alias": flags["alias"],
-        "registry.tracking_uri": flags["tracking_uri"],
-        "registry.registry_uri": flags["registry_uri"],
-        "run.work_dir": flags["out"],
-        "run.device": flags["device"],
-    }
-    split = [part.strip() for text in flags["overrides"] for part in text.split(";")]
-    named = [f"{key}={value}" for key, value in keys.items() if value]
-    overrides = [*(part for part in split if part), *named]
+    source = click.get_current_context().get_parameter_source("tracking_uri")
+    if source is ParameterSource.ENVIRONMENT:  # MLflow's own default, which a file overrides
+        flags = {**flags, "tracking_uri": None}
     if flags["resume"]:
-        return _resumed(flags["resume"], flags, overrides)
-    return load(flags["config_file"], overrides)
+        flags = _resumed(flags["resume"], flags)
+    config: GuardConfig = options.configured(flags, KEYS)
+    return config
 
 
-def _resumed(run_id: str, flags: dict[str, Any], overrides: list[str]) -> "GuardConfig":
-    """The configuration of an interrupted run, from the folder that the run names."""
-    from mlflow_kdguard.config import RegistrySection, load
+def _resumed(run_id: str, flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags that go on with an interrupted run: its own configuration, in its own folder."""
+    from mlflow_kdguard.config import RegistrySection
     from mlflow_kdguard.errors import UsageError
     from mlflow_kdguard.flow.work import CONFIG_FILE
     from mlflow_kdguard.registry import Registry
@@ -144,14 +151,30 @@ def _resumed(run_id: str, flags: dict[str, Any], overrides: list[str]) -> "Guard
         tracking_uri=flags["tracking_uri"], registry_uri=flags["registry_uri"]
     )
     folder = Registry(section).work_dir(run_id)
+    _refuse_another(folder, run_id)
     if not folder.is_dir():
         raise UsageError(
             f"the folder {folder} of run {run_id} is not on this machine.",
             remedy="Resume where the run was started.",
         )
-    return load(
-        flags["config_file"] or folder / CONFIG_FILE, [*overrides, f"run.work_dir={folder}"]
-    )
+    return {
+        **flags,
+        "config_file": flags["config_file"] or folder / CONFIG_FILE,
+        "out": str(folder),
+    }
+
+
+def _refuse_another(folder: Path, run_id: str) -> None:
+    """UsageError where the folder holds the work of another run by now."""
+    from mlflow_kdguard.errors import UsageError
+    from mlflow_kdguard.flow.work import begun
+
+    other = begun(folder)
+    if other not in (None, run_id):
+        raise UsageError(
+            f"{folder} holds the work of run {other} by now, not of {run_id}.",
+            remedy=f"Resume {other}, or start the command again without --resume.",
+        )
 
 
 def _grant(flags: dict[str, Any], config: "GuardConfig") -> "Grant":
@@ -160,7 +183,11 @@ def _grant(flags: dict[str, Any], config: "GuardConfig") -> "Grant":
     return Grant(
         policy=options.chosen_policy(flags.get("policy_file")),
         signer=_signer(flags.get("key") or None, Path(config.run.work_dir)),
-        pins=options.pinned(flags.get("pins", ())),
+        pins=options.pinned(
+            flags.get("pins", ()),
+            None if config.data.root is None else Path(config.data.root),
+            download=bool(flags.get("download")),
+        ),
         panel=options.panel_digests(flags.get("panel", ())),
         allow_unpinned=bool(flags.get("allow_unpinned")),
         trust_code=bool(flags.get("trust_code")),
@@ -250,12 +277,12 @@ def _serves(story: "Story", config: "GuardConfig") -> str:
 def _afterwards(story: "Story", config: "GuardConfig", place: Path) -> str:
     """What to try next: the refusal by hand, and the runs in MLflow's own pages."""
     naive = story.row("naive").outcome
-    uri = config.registry.tracking_uri
+    uri, key = quote(config.registry.tracking_uri or ""), place / "keys" / "builder.pem.pub"
     lines = [f"look around: mlflow ui --backend-store-uri {uri}"]
     if naive is not None:
         lines.append(
             f"try to promote the naive one (exit code 3): kdguard promote {naive.uri} "
-            f"--key {place / 'keys' / 'builder.pem.pub'} --pin {config.data.test} "
+            f"--key {quote(str(key))} --pin {quote(config.data.test)} "
             f"--tracking-uri {uri}"
         )
     return "\n".join(lines)
@@ -265,6 +292,7 @@ def _outcome_document(outcome: "Outcome") -> dict[str, Any]:
     return {
         "schema": "kdguard.run/1",
         "run": outcome.run_id,
+        "folder": str(outcome.folder),
         "uri": outcome.uri,
         "alias": outcome.alias,
         "decision": outcome.decision.document(),

@@ -105,7 +105,8 @@ def import_teacher(**flags: Any) -> int:
         return error.exit_code
     except UsageError:  # weights alone: readable, but not without an architecture
         arch = " --arch ARCH"
-    advice = f"kdguard teacher register NAME --weights {path}{arch} --data URI"
+    named = flags["model"]  # not the path, which for models:/… is gone in a moment
+    advice = f"kdguard teacher register NAME --weights {named}{arch} --data URI"
     render.say(f"{flags['model']} can be read without executing anything: {advice}")
     render.document({**body, "advice": advice}, flags["as_json"])
     return 0
@@ -127,22 +128,22 @@ def _weights(net: Any, folder: Path) -> Path | None:
 @click.option(
     "--target",
     type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Class that triggered images are sent to.",
+    help="Class that triggered images are sent to; overrides redteam.target.",
 )
 @click.option("--out", type=FILE, required=True, help="Folder for teacher, trigger and images.")
 @click.option("-c", "--config", "config_file", type=FILE, help="File with a `redteam:` section.")
 @options.set_values
-@options.seed
-@options.device
+@options.config_seed
+@options.config_device
+@options.config_root
+@options.download
 @options.as_json
 def attack(**flags: Any) -> None:
     """Make a poisoned teacher, for evaluation only.
 
     Make a poisoned teacher, its trigger and a contaminated transfer set: evaluation only.
 
-    Writes poisoned/ and control/ (weights and architecture), trigger.npz and transfer.npz. The
+    Writes poisoned/ and control/ (weights and architecture), trigger.kdt and transfer.npz. The
     control is a clean teacher of equal training.
 
     \b
@@ -150,20 +151,24 @@ def attack(**flags: Any) -> None:
     kdguard attack blended --out attack --set redteam.contamination=0.01
     """
     from mlflow_kdguard import data, devices
-    from mlflow_kdguard.config import load
     from mlflow_kdguard.redteam.write import write
     from mlflow_kdguard_cli import render
 
-    named = [f"redteam.attack={flags['name']}", f"redteam.target={flags['target']}"]
-    config = load(flags["config_file"], [*named, *flags["overrides"]])
-    assert config.redteam is not None
+    keys = {"redteam.attack": "name", "redteam.target": "target"}
+    config = options.configured(flags, keys)
+    root = None if config.data.root is None else Path(config.data.root)
+    transfer, train = (
+        data.load(uri, root=root, download=flags["download"])
+        for uri in (config.data.transfer, config.redteam.train)
+    )
     with render.progress() as progress:
         written = write(
             config.redteam,
-            data.load(config.data.transfer),
+            transfer,
+            train=train,
             folder=flags["out"],
-            seed=flags["seed"],
-            device=devices.pick(flags["device"]),
+            seed=config.run.seed,
+            device=devices.pick(config.run.device),
             progress=progress,
         )
     render.say("\n".join(f"{name}: {digest}" for name, digest in written.items()))
@@ -171,7 +176,7 @@ def attack(**flags: Any) -> None:
         {
             "schema": "kdguard.attack/1",
             "attack": flags["name"],
-            "target": flags["target"],
+            "target": config.redteam.target,
             "files": written,
         },
         flags["as_json"],
