@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mlflow_kdguard import plain_yaml
 from mlflow_kdguard.errors import ModelError, UnsafeModelError, UsageError
 from mlflow_kdguard.files import read_bytes, sha256
 
@@ -194,9 +193,9 @@ def _text(data: bytes, where: str) -> str:
 
 def _mapping(data: bytes, where: str) -> dict[str, Any]:
     try:
-        body = yaml.safe_load(_text(data, where))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise _unsafe(f"{where} is not YAML") from error
+        body = plain_yaml.parse(_text(data, where))
+    except ValueError as error:
+        raise _unsafe(f"{where} is not plain YAML: {error}") from error
     if not isinstance(body, dict):
         raise _unsafe(f"{where} is not a mapping")
     return body

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from mlflow_kdguard import plain_yaml
 from mlflow_kdguard.errors import ConfigError
 from mlflow_kdguard.files import digest_json, read_bytes
 
@@ -94,7 +94,9 @@ class RedteamSection(Section):
 class AuditSection(Section):
     """Which detectors are asked, and what calibrates them."""
 
-    detectors: tuple[str, ...] = Field(("variance", "inversion"), description="detector table rows")
+    detectors: tuple[str, ...] = Field(
+        ("variance", "inversion"), min_length=1, description="detector table rows"
+    )
     radius: Positive = Field(2.1, description="L2 radius of the universal perturbation, in pixels")
     steps: Steps = Field(25, description="ascent steps a class")
     batch: int = Field(64, ge=1, description="images a step")
@@ -266,9 +268,9 @@ def explain(error: ValidationError) -> str:
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
     """A YAML file that holds one mapping; ConfigError otherwise."""
     try:
-        values = yaml.safe_load(read_bytes(path, what=what))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from error
+        values = plain_yaml.parse(read_bytes(path, what=what))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}.") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{path} must hold sections such as `distill:`.")
     return values
@@ -283,8 +285,8 @@ def _assign(values: dict[str, Any], override: str) -> None:
         )
     place = _section(values, parts, override)
     try:
-        place[parts[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        place[parts[-1]] = plain_yaml.parse(text)
+    except ValueError as error:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML.") from error
 
 

@@ -18,7 +18,7 @@ from mlflow_kdguard import devices, files, graph
 from mlflow_kdguard.config import ExportSection
 from mlflow_kdguard.errors import DeviceError, ExportError, ModelError, NonFiniteError, UsageError
 from mlflow_kdguard.nets import emit
-from mlflow_kdguard.records import Exported, Parity, Rate
+from mlflow_kdguard.records import Exported, Model, Parity, Rate
 
 Images = NDArray[np.float32]
 Logits = NDArray[np.float32]
@@ -78,7 +78,8 @@ def to_onnx(
             remedy="Build it for the classes of the data.",
         )
     runtime = _runtime(data, device)
-    parity = _compare(_torch_logits(net, images, device), runtime, images)
+    exported = Model(sha256=read.sha256)
+    parity = _compare(_torch_logits(net, images, device), runtime, images, exported)
     _compare_batches(runtime, images)
     _compare_reading(read, runtime, images[:_READ])
     files.write_bytes(path, data)
@@ -119,7 +120,7 @@ def _torch_logits(net: nn.Module, images: Images, device: torch.device) -> Logit
     return np.concatenate(parts)
 
 
-def _compare(expected: Logits, runtime: _Runtime, images: Images) -> Parity:
+def _compare(expected: Logits, runtime: _Runtime, images: Images, exported: Model) -> Parity:
     actual = runtime.logits(images, _BATCHES[-1])
     if not np.isfinite(expected).all() or not np.isfinite(actual).all():
         raise NonFiniteError(
@@ -135,6 +136,7 @@ def _compare(expected: Logits, runtime: _Runtime, images: Images) -> Parity:
             remedy="Do not use this export; report the architecture as a bug.",
         )
     return Parity(
+        model=exported,
         softmax_max=difference,
         argmax=Rate(k=int(equal.sum()), n=len(images)),
         provider=runtime.provider,

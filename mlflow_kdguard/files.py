@@ -3,13 +3,16 @@
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mlflow_kdguard.errors import UsageError
 
 _CHUNK = 1 << 20
+LARGEST = 2 << 30
+"""Bytes of the largest file that is read into memory; an ONNX file cannot hold more."""
 
 
 def sha256(data: bytes) -> str:
@@ -44,10 +47,13 @@ def digest_json(value: Any) -> str:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` whole or not at all (temporary file, fsync, rename).
 
-    Raises UsageError where the place cannot be written, naming it and the reason.
+    Raises UsageError where the place cannot be written, naming it and the reason; what is neither
+    a plain file nor a link to one (a device, such as /dev/stdout) is never replaced.
     """
     temporary: str | None = None
     try:
+        if path.is_char_device() or path.is_block_device() or path.is_fifo() or path.is_socket():
+            raise UsageError(f"cannot write {path}: it is not a plain file.", remedy="Name a file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(
             dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
@@ -75,17 +81,37 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (text + "\n").encode())
 
 
-def read_bytes(path: Path, *, what: str) -> bytes:
-    """The bytes of a file that the user named; UsageError says what is wrong with the path."""
+def read_bytes(path: Path, *, what: str, at_most: int = LARGEST) -> bytes:
+    """The bytes of a file that the user named; UsageError says what is wrong with the path.
+
+    No more than `at_most` bytes are read: a device such as /dev/zero has no end.
+    """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = _read(file, at_most)
     except OSError as error:
         raise UsageError(
             f"cannot read {what} {path}: {error.strerror or error}.", remedy="Check the path."
         ) from error
     if not data:
         raise UsageError(f"{what} {path} is empty.", remedy="Name the file that was meant.")
+    if len(data) > at_most:
+        raise UsageError(
+            f"{what} {path} has more than {at_most} bytes.", remedy="Name the file that was meant."
+        )
     return data
+
+
+def _read(file: BinaryIO, at_most: int) -> bytes:
+    """All of a file, or the first bytes beyond `at_most` of one that is larger."""
+    state = os.fstat(file.fileno())
+    if stat.S_ISREG(state.st_mode) and state.st_size <= at_most:
+        return file.read()
+    parts, room = [], at_most
+    while room >= 0 and (part := file.read(_CHUNK)):
+        parts.append(part)
+        room -= len(part)
+    return b"".join(parts)
 
 
 def _umask() -> int:

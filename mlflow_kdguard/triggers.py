@@ -144,9 +144,8 @@ class Trigger:
     @classmethod
     def load(cls, path: Path) -> "Trigger":
         """Read a trigger's file; UsageError or DataError names the path."""
-        if path.is_file() and path.stat().st_size > _LARGEST:
-            raise _malformed(str(path), f"it is larger than {_LARGEST >> 20} MiB")
-        return cls.from_bytes(files.read_bytes(path, what="trigger"), where=str(path))
+        data = files.read_bytes(path, what="trigger", at_most=_LARGEST)
+        return cls.from_bytes(data, where=str(path))
 
     def picture(self, path: Path, x: ArrayLike) -> None:
         """Write a PNG: up to eight images of `x`, clean, triggered, and their difference."""

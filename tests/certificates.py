@@ -54,6 +54,7 @@ def indices(samples: int = SAMPLES, population: int = POPULATION, nonce: str = "
 def faithful(**changes: Any) -> FaithfulFigure:
     """A student that says what its reference says around 95 of 100 images."""
     values: dict[str, Any] = {
+        "reference": Model(sha256=REFERENCE), "student": Model(sha256=STUDENT),
         "method": "certified", "norm": "linf", "eps": 0.01, "delta": 0.2, "classes": "all",
         "within": Rate(k=95, n=SAMPLES), "lower_mean": 0.02, "upper_mean": 0.06,
         "selection": "uniform-seeded", "population": POPULATION, "nonce": "", "data": TEST,
@@ -62,21 +63,34 @@ def faithful(**changes: Any) -> FaithfulFigure:
     return FaithfulFigure(**(values | changes))
 
 
+def gap(**changes: Any) -> ReferenceGap:
+    """A reference near the original teacher, and not the student."""
+    values = {"model": Model(sha256=REFERENCE), "gap_mean": 0.05, "student_gap_max": 0.4, "n": 1000}
+    return ReferenceGap(**(values | changes))
+
+
+def parity(**changes: Any) -> Parity:
+    """An export that computes what was trained."""
+    values = {"model": Model(sha256=STUDENT), "softmax_max": 1e-6, "provider": "CPU"}
+    return Parity(**(values | {"argmax": Rate(k=1000, n=1000)} | changes))
+
+
 def figures(**changes: Any) -> Figures:
     """Figures that pass."""
     values: dict[str, Any] = {
+        "student": Model(sha256=STUDENT),
         "accuracy": Rate(k=945, n=1000),
         "teacher": Model(sha256=TEACHER),
         "paired": Paired(both=930, only_teacher=20, only_student=15, neither=35),
         "measured_on": TEST,
         "asr": (asr(), asr(trigger=sha256(b"inverted"), name="class-0", source="recovered")),
-        "reference": ReferenceGap(gap_mean=0.05, student_gap_max=0.4, n=1000),
+        "reference": gap(),
         "faithful": (faithful(),),
         "audit": {
             "teacher": AuditFigure(model=Model(sha256=TEACHER), verdict="suspect", target=0),
             "student": AuditFigure(model=Model(sha256=STUDENT), verdict="undecided"),
         },
-        "export": Parity(softmax_max=1e-6, argmax=Rate(k=1000, n=1000), provider="CPU"),
+        "export": parity(),
     }
     return Figures(**(values | changes))
 

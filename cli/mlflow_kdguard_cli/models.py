@@ -35,16 +35,18 @@ class Opened:
         return read_bytes(self.path, what="the model")
 
 
-def opened(text: str, flags: dict[str, Any], shown: "Dataset | None" = None) -> Opened:
-    """Find MODEL; a registered one is downloaded as raw bytes."""
+def opened(
+    text: str, flags: dict[str, Any], shown: "Dataset | None" = None, *, onnx: bool = False
+) -> Opened:
+    """Find MODEL; a registered one is downloaded as raw bytes, with `onnx` its ONNX file."""
     from mlflow_kdguard.files import read_bytes, sha256
 
-    path = _fetched(text, flags) if text.startswith("models:/") else Path(text)
+    path = _fetched(text, flags, onnx) if text.startswith("models:/") else Path(text)
     digest = sha256(read_bytes(path, what="the model"))
     return Opened(path, digest, _architecture(flags, shown), bool(flags.get("trust_code")))
 
 
-def _fetched(text: str, flags: dict[str, Any]) -> Path:
+def _fetched(text: str, flags: dict[str, Any], onnx: bool) -> Path:
     import tempfile
 
     import click
@@ -58,12 +60,20 @@ def _fetched(text: str, flags: dict[str, Any]) -> Path:
     folder = click.get_current_context().with_resource(
         tempfile.TemporaryDirectory(prefix="kdguard-")
     )
-    return Registry(section).fetch(text, Path(folder))
+    return Registry(section).fetch(text, Path(folder), onnx=onnx)
 
 
 def _architecture(flags: dict[str, Any], shown: "Dataset | None") -> Any:
-    if not flags.get("arch") or shown is None:
+    if shown is None or not flags.get("arch"):
         return None
+    from pydantic import ValidationError
+
+    from mlflow_kdguard.config import explain
+    from mlflow_kdguard.errors import UsageError
     from mlflow_kdguard.nets.architecture import Architecture
 
-    return Architecture(arch=flags["arch"], shape=shown.shape, classes=shown.classes)
+    given = {key: flags[key] for key in ("mean", "std") if flags.get(key)}
+    try:
+        return Architecture(arch=flags["arch"], shape=shown.shape, classes=shown.classes, **given)
+    except ValidationError as error:
+        raise UsageError(f"--arch, --mean, --std: {explain(error)}") from error

@@ -70,11 +70,39 @@ triggers = click.option(
     metavar="FILE[:CLASS]",
     help="Trigger file, and the class that it aims at (default 0); repeat for more.",
 )
-arch = click.option(
-    "--arch",
-    help="Architecture, where the file holds weights only: mlp:100,100, "
-    "cnn:16,32,64, resnet8, wrn-16-1, torchvision:resnet18, …",
-)
+
+
+def arch(command: Command) -> Command:
+    """--arch, --mean and --std: what weights that stand alone do not say."""
+    named = click.option(
+        "--arch",
+        help="Architecture, where the file holds weights only: mlp:100,100, "
+        "cnn:16,32,64, resnet8, wrn-16-1, torchvision:resnet18, …",
+    )
+    mean = click.option(
+        "--mean",
+        callback=_numbers,
+        metavar="M,M,M",
+        help="With --arch: what training subtracted from pixels, a channel (default 0.5).",
+    )
+    std = click.option(
+        "--std",
+        callback=_numbers,
+        metavar="S,S,S",
+        help="With --arch: what training divided by, a channel (default 0.5).",
+    )
+    return named(mean(std(command)))
+
+
+def _numbers(
+    _context: click.Context, option: click.Parameter, given: str | None
+) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in given.split(",")) if given else ()
+    except ValueError as error:
+        raise click.BadParameter(f"{given!r} is not numbers with commas.", param=option) from error
+
+
 policy = click.option(
     "--policy", "policy_file", help="The operator's policy; default: the packaged one."
 )
@@ -99,8 +127,8 @@ def gate_options(command: Command) -> Command:
         "--require-trigger",
         "panel",
         multiple=True,
-        metavar="FILE|SHA256",
-        help="Trigger that must have been measured.",
+        metavar="FILE[:CLASS]|SHA256[:CLASS]",
+        help="Trigger that must have been measured, aimed at that class where one is named.",
     )
     unpinned = click.option(
         "--allow-unpinned", is_flag=True, help="Accept figures on data that nobody pinned."
@@ -148,14 +176,20 @@ def pinned(
 
 
 def panel_digests(values: tuple[str, ...]) -> tuple[str, ...]:
-    """Digests for --require-trigger: a SHA-256 as it is, a trigger file through its bytes."""
+    """SHA256 or SHA256:CLASS for --require-trigger; a trigger file goes by its digest."""
+    return tuple(map(_panel_entry, values))
+
+
+def _panel_entry(value: str) -> str:
     from mlflow_kdguard.triggers import Trigger
 
-    return tuple(
-        value if _is_digest(value) else Trigger.load(Path(value)).sha256
-        for value in values
-        if value
-    )
+    name, colon, target = value.rpartition(":")
+    if not colon or not (target.isascii() and target.isdigit()):
+        name, colon, target = value, "", ""
+    if not name:  # an unset variable must not drop a demand
+        raise click.BadParameter("it is empty.", param_hint="--require-trigger")
+    digest = name if _is_digest(name) else Trigger.load(Path(name)).sha256
+    return f"{digest}{colon}{target}"
 
 
 def _is_digest(value: str) -> bool:

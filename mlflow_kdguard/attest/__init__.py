@@ -12,7 +12,7 @@ from datetime import datetime
 from mlflow_kdguard.attest.envelope import Envelope, Signature
 from mlflow_kdguard.attest.signing import KeyRecord, Signer, Verifier, keygen, signer_of
 from mlflow_kdguard.attest.statement import from_payload, to_payload
-from mlflow_kdguard.errors import CertificateError
+from mlflow_kdguard.errors import CertificateError, UsageError
 from mlflow_kdguard.files import sha256
 from mlflow_kdguard.records import Certificate, Signatory, Subject, parse_time
 
@@ -83,6 +83,7 @@ def check(
     `files` are all files of the bundle by path (None checks the statement alone), `verifiers` the
     keys that are trusted, `now` an aware time. `model_name` and `registry`, where given, must be
     those that the certificate was issued for. Every signature must be valid and by a trusted key.
+    Two records of one key that differ are a UsageError.
     """
     opened = Envelope.from_bytes(envelope)
     signed_by = _signed_by(opened, verifiers)
@@ -105,7 +106,7 @@ def _with_signature(envelope: Envelope, signer: Signer) -> Envelope:
 
 
 def _signed_by(envelope: Envelope, verifiers: Sequence[Verifier]) -> tuple[Verifier, ...]:
-    trusted = {verifier.key_id: verifier for verifier in verifiers}
+    trusted = _trusted(verifiers)
     if not envelope.signatures:
         raise CertificateError("the certificate is not signed.")
     signed: dict[str, Verifier] = {}
@@ -124,6 +125,20 @@ def _signed_by(envelope: Envelope, verifiers: Sequence[Verifier]) -> tuple[Verif
             )
         signed[verifier.key_id] = verifier
     return tuple(signed.values())
+
+
+def _trusted(verifiers: Sequence[Verifier]) -> dict[str, Verifier]:
+    """The keys by id. Of two records of one key, the order must not decide which is believed."""
+    trusted: dict[str, Verifier] = {}
+    for verifier in verifiers:
+        known = trusted.setdefault(verifier.key_id, verifier)
+        if known.record != verifier.record:
+            raise UsageError(
+                f"two records of the key {verifier.key_id[:16]}… disagree about whose it is or how "
+                "long it counts.",
+                remedy="Name the newer one only.",
+            )
+    return trusted
 
 
 def _refuse_objection(verifier: Verifier, certificate: Certificate, now: datetime) -> None:

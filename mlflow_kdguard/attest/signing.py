@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from mlflow_kdguard.attest.canonical import parse
 from mlflow_kdguard.config import explain
@@ -46,6 +46,13 @@ class KeyRecord(Record):
     valid_from: str
     valid_until: str | None = None
     compromised: str | None = None
+
+    @field_validator("owner")
+    @classmethod
+    def _somebody(cls, owner: str) -> str:
+        if not (owner.strip() and owner.isprintable()):
+            raise ValueError("an owner is a name in printable characters")
+        return owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +160,13 @@ def keygen(
 ) -> Signer:
     """Make a key: `path` (PEM, readable by its owner only) and its record `path`.pub.
 
-    Raises UsageError rather than overwrite either file, or where they cannot be written.
+    Raises UsageError rather than overwrite either file, or where they cannot be written; then
+    neither is left.
     """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+    if not path.name:
+        raise UsageError(f"{str(path)!r} names no file.", remedy="Say where the key shall be.")
     for place in (path, public_path(path)):
         if os.path.lexists(place):
             raise UsageError(
@@ -170,7 +180,11 @@ def keygen(
         valid_until=valid_until,
     )
     _write_private(path, signer.private)
-    write_bytes(public_path(path), signer.verifier.to_bytes())
+    try:
+        write_bytes(public_path(path), signer.verifier.to_bytes())
+    except UsageError:
+        path.unlink()
+        raise
     return signer
 
 

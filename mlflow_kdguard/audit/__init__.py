@@ -10,6 +10,7 @@ Detectors are rows of the detector table; each answers with a `Finding`. The ver
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -21,10 +22,10 @@ from mlflow_kdguard.audit.inversion import halves
 from mlflow_kdguard.audit.question import Answer, Detector, Question, Recovered
 from mlflow_kdguard.config import AuditSection
 from mlflow_kdguard.data import Dataset
-from mlflow_kdguard.errors import ModelError, NonFiniteError
+from mlflow_kdguard.errors import ModelError, NonFiniteError, UsageError
 from mlflow_kdguard.records import Asr, AuditReport, Model, Progress, Source, silent
 from mlflow_kdguard.training import predict
-from mlflow_kdguard.triggers import Pixels
+from mlflow_kdguard.triggers import Pixels, Trigger
 
 __all__ = ["Answer", "Audited", "Detector", "Question", "examine"]
 
@@ -49,18 +50,22 @@ def examine(
     device: torch.device,
     progress: Progress = silent,
     triggers: Sequence[Recovered] = (),
+    folder: Path | None = None,
 ) -> Audited:
     """Ask every detector of `config.detectors` about `net`, given clean labelled images.
 
     `triggers` are known ones with their target classes: their success rates are taken on all of
     `data`; those of recovered ones on the half that they were not searched on. All bounds in the
-    report hold together at 95 % (Bonferroni).
+    report hold together at 95 % (Bonferroni). With a `folder`, shadow networks that were trained
+    before a kill are not trained again.
     Raises NonFiniteError, ModelError for a network that does not answer with one logit a class,
     ConfigError and DataError for what the detectors cannot work with.
     """
     net.to(device)
     _check(net, data, device)
-    question = Question(data, config, seed, device, progress)
+    for known, aim in triggers:
+        _check_trigger(known, aim, data)
+    question = Question(data, config, seed, device, progress, folder)
     answers = [_ask(name, net, question) for name in config.detectors]
     recovered = tuple(found for answer in answers for found in answer.recovered)
     verdict, target = _verdict(answers)
@@ -146,8 +151,23 @@ def _asr(
     )
 
 
+def _check_trigger(trigger: Trigger, target: int, data: Dataset) -> None:
+    if not 0 <= target < data.classes or trigger.shape != data.shape:
+        raise UsageError(
+            f"trigger {trigger.name!r} of shape {trigger.shape} and target {target} does not fit "
+            f"{data.uri}: {data.classes} classes of images {data.shape}."
+        )
+
+
 def _check(net: nn.Module, data: Dataset, device: torch.device) -> None:
-    logits = predict(net, data.x, device=device)
+    try:
+        logits = predict(net, data.x, device=device)
+    except RuntimeError as error:  # torch's only word for images of another size
+        raise ModelError(
+            f"the network does not run on {data.uri} with images {data.shape}: "
+            f"{str(error).splitlines()[0]}.",
+            remedy="Audit with images of the kind that the network was made for.",
+        ) from error
     if logits.shape != (len(data), data.classes):
         raise ModelError(
             f"the network answers {data.uri} with shape {logits.shape}, not "

@@ -139,9 +139,13 @@ def calibrate(architecture: Architecture, question: Question, statistic: Statist
     """Train `config.shadows` clean networks on the question's images and take their statistics."""
     config = question.config
     null = []
+    kept: list[Path] = []
     for number in range(config.shadows):
         seed = derive(question.seed, "shadow", number)
-        shadow = build(architecture, seed=seed)
+        # The network in question was built from this architecture: its code is allowed already.
+        shadow = build(architecture, seed=seed, trust_code=True)
+        if question.folder is not None:
+            kept.append(question.folder / f"shadow-{number:02d}.checkpoint.pt")
         fit(
             shadow,
             question.data,
@@ -151,8 +155,12 @@ def calibrate(architecture: Architecture, question: Question, statistic: Statist
             device=question.device,
             what=f"shadow {number + 1} of {config.shadows}",
             progress=question.progress,
+            checkpoint=kept[-1] if kept else None,
+            depends=f"madry {config.shadow_eps} {config.shadow_pgd_steps}",
         )
         null.append(statistic(shadow))
+    for file in kept:
+        file.unlink(missing_ok=True)
     return Calibration(
         architecture=architecture,
         regime=Regime(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,13 +18,14 @@ Recovered = tuple[Trigger, int]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Question:
-    """Clean labelled images and settings."""
+    """Clean labelled images and settings; `folder` keeps what a killed audit goes on from."""
 
     data: Dataset
     config: AuditSection
     seed: int
     device: torch.device
     progress: Progress
+    folder: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from mlflow_kdguard.data import Dataset
 from mlflow_kdguard.detox.keep import keep
 from mlflow_kdguard.detox.loop import drive
 from mlflow_kdguard.detox.state import State, Work
+from mlflow_kdguard.errors import ConfigError
 from mlflow_kdguard.nets.taps import Taps, auto, insert
 
 NAME = "variance_mask"
@@ -109,9 +110,11 @@ class _Training:
 def cleanse(state: State, work: Work) -> State:
     """Mask the copy's features, train the masks on clean images, and freeze them.
 
-    Raises UsageError for layers that the network does not have.
+    Raises UsageError for layers that the network does not have, ConfigError for none at all.
     """
     config = work.config
+    if not config.layers:
+        raise ConfigError("detox.layers names no layer.", remedy="Write auto, or layer names.")
     copy = deepcopy(state.copy).eval().requires_grad_(False)
     names = auto(copy, state.train.shape) if config.layers == "auto" else config.layers
     masks = masked(copy, names, state.train, config=config, device=work.device)

@@ -57,6 +57,7 @@ def load_data(work: Work, uri: str) -> Dataset:
 
 
 def named(shown: Dataset) -> Source:
+    """The data set as records name it."""
     return Source(uri=shown.uri, sha256=shown.sha256)
 
 

@@ -48,6 +48,7 @@ def audit(work: Work, name: str, model: Entry, file: str, shown: Images) -> Entr
             seed=work.config.run.seed,
             device=work.device,
             progress=work.told_by(name),
+            folder=entry.folder,
             triggers=[
                 (Trigger.load(path), target) for path, target, _ in map(trigger_file, triggers)
             ],

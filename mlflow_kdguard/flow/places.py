@@ -2,7 +2,6 @@
 
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from mlflow_kdguard.config import GuardConfig
 from mlflow_kdguard.data.uri import parse, quote
@@ -51,7 +50,7 @@ def _trigger(text: str) -> str:
 
 
 def _store(uri: str | None) -> str | None:
-    file = urlsplit(uri or "").path[1:]
-    if uri is None or not uri.startswith("sqlite:///") or file in ("", ":memory:"):
+    prefix, file = "sqlite:///", (uri or "").removeprefix("sqlite:///")
+    if uri is None or not uri.startswith(prefix) or file[:1] in ("", "/", ":"):
         return uri
-    return f"sqlite:///{Path(file).absolute()}"
+    return f"{prefix}{Path.cwd()}/{file}"

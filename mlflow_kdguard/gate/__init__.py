@@ -63,9 +63,10 @@ def decide(
 ) -> Decision:
     """Judge a checked certificate (`attest.check`) by a policy.
 
-    `signers` are those whose signatures held. `pins` (digests of data sets) and `panel` (digests
-    of triggers) are the operator's own, added to the policy's; `allow_unpinned` and `nonce` (the
-    one that was handed out for the draw of images) are the caller's grant. `now` is aware.
+    `signers` are those whose signatures held. `pins` (digests of data sets) and `panel`
+    (triggers, as DIGEST or DIGEST:CLASS) are the operator's own, added to the policy's;
+    `allow_unpinned` and `nonce` (the one that was handed out for the draw of images) are the
+    caller's grant. `now` is aware.
     `problem` is why there is no certificate to judge, where the caller knows it; it refuses.
     """
     if certificate is None or problem:

@@ -4,7 +4,7 @@ All success rates of a certificate are bounded together: one of many triggers wo
 pass by luck, or be hidden among many.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from mlflow_kdguard import intervals
 from mlflow_kdguard.gate.case import (
@@ -55,13 +55,24 @@ def triggers(case: Case) -> Verdict:
         sorted(tried),
         [
             *_missing_sources(source, {figure.source for figure in figures}),
-            *(f"trigger {abbreviated(t)} of the panel was not measured" for t in panel
-              if t not in tried),
+            *_unmeasured(panel, figures),
             *(f"trigger {abbreviated(t)} is listed and was not measured"
               for t in case.certificate.triggers if t not in tried),
         ],
         f"{len(tried)} triggers were measured ({len(panel)} of a panel).",
     )  # fmt: skip
+
+
+def _unmeasured(panel: Iterable[str], figures: Iterable[Asr]) -> Iterator[str]:
+    """Entries are DIGEST or DIGEST:CLASS; a trigger aimed at another class hardly succeeds."""
+    tried = {figure.trigger for figure in figures}
+    aimed = {(figure.trigger, figure.target) for figure in figures}
+    for entry in panel:
+        digest, _, target = entry.partition(":")
+        if digest not in tried:
+            yield f"trigger {abbreviated(digest)} of the panel was not measured"
+        elif target and (digest, int(target)) not in aimed:
+            yield f"trigger {abbreviated(digest)} of the panel was not aimed at class {target}"
 
 
 def changed(case: Case) -> Verdict:
@@ -86,7 +97,7 @@ def changed(case: Case) -> Verdict:
 
 
 def lift(case: Case) -> Verdict:
-    """No trigger succeeds much more often than on the declared baseline."""
+    """No trigger succeeds much more often than on the declared baseline, which is no suspect."""
     figures = case.figures.asr
     limit = None if case.policy.asr is None else case.policy.asr.lift_at_most
     if limit is None:
@@ -101,6 +112,7 @@ def lift(case: Case) -> Verdict:
         for figure, bound in zip(figures, bounds, strict=True)
         if bound is None or not at_most(bound, limit)
     ]
+    problems += filter(None, [_no_comparator(case)])
     worst = None if None in bounds else max(b for b in bounds if b is not None)
     return verdict(limit, worst, problems, f"Every lift's upper bound is at most {limit:g}.")
 
@@ -117,6 +129,20 @@ def _lift_upper(figure: Asr, confidence: float) -> float | None:
     if base is None:
         return None
     return intervals.independent_difference_upper(figure.k, figure.n, base.k, base.n, confidence)
+
+
+def _no_comparator(case: Case) -> str | None:
+    """A student that is its own baseline shows no lift, and one of its teachers hardly any."""
+    certificate, baseline = case.certificate, case.figures.baseline
+    if baseline is None:
+        return "the certificate does not say which model the baseline is"
+    suspects = {
+        case.student: "the student itself",
+        certificate.reference.sha256: "the student's reference",
+        certificate.teacher.sha256: "the original teacher",
+    }
+    suspect = suspects.get(baseline.sha256)
+    return None if suspect is None else f"the baseline is {suspect}"
 
 
 def _missing_sources(demanded: str, found: set[str]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlflow_kdguard import intervals
 from mlflow_kdguard.policy import Policy
-from mlflow_kdguard.records import Certificate, Figures, Signatory, Source
+from mlflow_kdguard.records import Certificate, Figures, Model, Signatory, Source
 
 STUDENT = "model.onnx"
 """The file of the bundle that is the student."""
@@ -83,6 +83,14 @@ def waived(figure: Any = None) -> Verdict:
 def absent(limit: Any, what: str) -> Verdict:
     """A rule whose figure the certificate does not have."""
     return Verdict(limit, None, (f"the certificate has no {what}",), "")
+
+
+def another(what: str, model: Model | None, wanted: str | None) -> str | None:
+    """The problem with a figure that was taken on another model than the certificate's own."""
+    found = None if model is None else model.sha256
+    if found is not None and found == wanted:
+        return None
+    return f"{what} {abbreviated(found)}, not {abbreviated(wanted)}"
 
 
 def at_most(figure: float, limit: float) -> bool:

@@ -7,7 +7,7 @@ image in the denominator, and only where a constant network would not look as fa
 from collections.abc import Iterator
 
 from mlflow_kdguard.draw import draw
-from mlflow_kdguard.gate.case import Case, Verdict, absent, at_most, shown, verdict, waived
+from mlflow_kdguard.gate.case import Case, Verdict, absent, another, at_most, shown, verdict, waived
 from mlflow_kdguard.policy import Certified, Smoothed
 from mlflow_kdguard.records import FaithfulFigure
 
@@ -45,11 +45,21 @@ def _tried(case: Case, option: Option) -> tuple[list[str], FaithfulFigure | None
 
 
 def _shortcomings(case: Case, option: Option, figure: FaithfulFigure) -> Iterator[str]:
+    yield from _pair(case, figure)
     yield from _claim(option, figure)
     yield from _share(case, option, figure)
     yield from _selection(case, option, figure)
     if option.below_constant_control:
         yield from _control(case, option, figure)
+
+
+def _pair(case: Case, figure: FaithfulFigure) -> Iterator[str]:
+    """The gap is the one between the certificate's reference and its student."""
+    reference = case.certificate.reference.sha256
+    if other := another("another reference was bounded:", figure.reference, reference):
+        yield other
+    if other := another("another student was bounded:", figure.student, case.student):
+        yield other
 
 
 def _claim(option: Option, figure: FaithfulFigure) -> Iterator[str]:
@@ -88,8 +98,8 @@ def _selection(case: Case, option: Option, figure: FaithfulFigure) -> Iterator[s
         yield f"the data {figure.data.uri} is not pinned"
     if figure.nonce != case.nonce:
         yield f"images were drawn with the nonce {figure.nonce!r}, not {case.nonce!r}"
-    if figure.population < (measured := _measured(case, figure)):
-        yield f"images were drawn among {figure.population} of {measured} test images"
+    if (measured := _measured(case, figure)) and figure.population != measured:
+        yield f"images were drawn among {figure.population}, and there are {measured} test images"
     if figure.population > LARGEST_POPULATION:
         yield f"a draw among {figure.population} images is not repeated here"
     elif case.student is not None and not _drawn(case, figure):

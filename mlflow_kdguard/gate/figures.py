@@ -7,6 +7,7 @@ from mlflow_kdguard.gate.case import (
     Verdict,
     abbreviated,
     absent,
+    another,
     at_most,
     shown,
     verdict,
@@ -18,6 +19,8 @@ SAME = 1e-6
 
 PARITY_IMAGES = 1000
 """Images that an export must have been compared on."""
+
+_OTHER_REFERENCE = "the gap is the one of another reference:"
 
 
 def accuracy(case: Case) -> Verdict:
@@ -65,6 +68,7 @@ def reference_gap(case: Case) -> Verdict:
         gap.gap_mean,
         [
             _other_teacher(case),
+            another(_OTHER_REFERENCE, gap.model, case.certificate.reference.sha256),
             "the gap to the original teacher was taken on no image" if gap.n < 1 else None,
             f"{mean} > {shown(limit, gap.gap_mean)} on {gap.n} images"
             if not at_most(gap.gap_mean, limit)
@@ -89,6 +93,7 @@ def reference_distinct(case: Case) -> Verdict:
             "the reference is the student's own file"
             if case.certificate.reference.sha256 == case.student
             else None,
+            another(_OTHER_REFERENCE, gap.model, case.certificate.reference.sha256),
             "the gap between reference and student was taken on no image" if gap.n < 1 else None,
             f"reference and student differ by at most {gap.student_gap_max:.1e}: they are the "
             "same network"
@@ -122,6 +127,7 @@ def export(case: Case) -> Verdict:
         limit,
         parity.softmax_max,
         [
+            another("another file was compared with its network:", parity.model, case.student),
             f"softmax outputs differ by {parity.softmax_max:.3g} > {limit:.3g}"
             if not at_most(parity.softmax_max, limit)
             else None,
@@ -147,10 +153,7 @@ def _audit(case: Case, side: Literal["teacher", "student"], sha256: str | None) 
         limit,
         figure.verdict,
         [
-            f"another model was audited as {side}: {abbreviated(figure.model.sha256)}, not "
-            f"{abbreviated(sha256)}"
-            if figure.model.sha256 != sha256
-            else None,
+            another(f"another model was audited as {side}:", figure.model, sha256),
             f"the audit of the {side} says {figure.verdict}, not clean"
             if limit == "clean" and figure.verdict != "clean"
             else None,

@@ -5,20 +5,25 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
-from mlflow_kdguard.gate.case import STUDENT, Case, Verdict, abbreviated, verdict
+from mlflow_kdguard.gate.case import STUDENT, Case, Verdict, abbreviated, another, verdict
 from mlflow_kdguard.policy import guarded_name
 from mlflow_kdguard.records import Source, parse_time
 
 
 def subjects(case: Case) -> Verdict:
-    """There is exactly one student among the files that the certificate speaks of."""
+    """There is exactly one student among the certified files, and it is what was measured."""
     paths = [subject.path for subject in case.certificate.subjects]
+    figures = case.figures
+    measured = figures.accuracy or figures.paired or figures.asr or figures.reference
     return verdict(
         STUDENT,
         case.student,
         [
             f"{STUDENT} is named {paths.count(STUDENT)} times" if case.student is None else None,
             "a file is named twice" if len(set(paths)) != len(paths) else None,
+            another(f"figures were taken on another {STUDENT}:", figures.student, case.student)
+            if measured or figures.student is not None
+            else None,
         ],
         f"{STUDENT} is {abbreviated(case.student)}, with {len(paths)} certified files.",
     )

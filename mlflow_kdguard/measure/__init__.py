@@ -65,15 +65,17 @@ def measure(
     refuse_batch_mixing(nets["student"], data)
     tally = _count(nets, data, Tally.of(triggers), batch, progress)
     student = nets["student"]
+    models = {name: Model(sha256=net.sha256) for name, net in nets.items()}
     return Measurement(
-        model=Model(sha256=student.sha256),
+        model=models["student"],
         data=Source(uri=data.uri, sha256=data.sha256),
         provider=student.provider,
         accuracy=tally.accuracy(),
         asr=tally.asr(confidence, has_baseline=baseline is not None),
-        teacher=None if teacher is None else Model(sha256=nets["teacher"].sha256),
+        teacher=models.get("teacher"),
         paired=None if teacher is None else tally.paired(),
-        reference=None if reference is None else tally.gap(),
+        reference=None if reference is None else tally.gap(models["reference"]),
+        baseline=models.get("baseline"),
     )
 
 

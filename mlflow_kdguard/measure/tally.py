@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mlflow_kdguard import intervals
 from mlflow_kdguard.measure.session import Floats, Session, softmax
-from mlflow_kdguard.records import Asr, Paired, Rate, ReferenceGap
+from mlflow_kdguard.records import Asr, Model, Paired, Rate, ReferenceGap
 from mlflow_kdguard.triggers import Trigger
 
 Ints = NDArray[np.int64]
@@ -132,10 +132,13 @@ class Tally:
             neither=self.neither,
         )
 
-    def gap(self) -> ReferenceGap:
-        """Reference against original teacher, and against the student."""
+    def gap(self, reference: Model) -> ReferenceGap:
+        """The reference against the original teacher, and against the student."""
         return ReferenceGap(
-            gap_mean=self.gap_sum / self.n, student_gap_max=self.student_gap, n=self.n
+            model=reference,
+            gap_mean=self.gap_sum / self.n,
+            student_gap_max=self.student_gap,
+            n=self.n,
         )
 
     def asr(self, confidence: float, *, has_baseline: bool) -> tuple[Asr, ...]:

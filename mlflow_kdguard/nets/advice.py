@@ -1,5 +1,6 @@
 """How the owner of a pickled model turns it into a file that can be loaded without trust."""
 
+import shlex
 from pathlib import Path
 
 _LINES = """\
@@ -25,24 +26,25 @@ Run this where the model was made (with its own code installed, and only if you 
 
 Then register the result:
 
-    kdguard teacher register NAME --weights {onnx}
+    kdguard teacher register NAME --weights {argument}
 """
 
 
 def conversion_advice(path: Path) -> str:
     """The lines to run in the owner's own environment, for a model that is a pickle."""
     return _LINES.format(
-        name=path.name,
+        name=path.name if path.name.isprintable() else repr(path.name),
         path=str(path),
         safetensors=str(path.with_suffix(".safetensors")),
         onnx=str(path.with_suffix(".onnx")),
+        argument=shlex.quote(str(path.with_suffix(".onnx"))),
     )
 
 
 def remedy(where: str) -> str:
     """The same in one line, for an error message."""
     return (
-        f"Convert it where it is trusted: `kdguard teacher import {where}` prints the lines "
+        f"Convert it where it is trusted: `kdguard teacher import {shlex.quote(where)}` prints the lines "
         "(torch.load(..., weights_only=False) there, then save_file(net.state_dict(), "
         "'weights.safetensors') or torch.onnx.export)."
     )

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from mlflow_kdguard import plain_yaml
 from mlflow_kdguard.errors import ConfigError
 from mlflow_kdguard.files import digest_json, read_bytes
 from mlflow_kdguard.policy.blocks import (
@@ -145,10 +145,16 @@ def _packaged() -> Mapping[str, Any]:
 
 def _block(data: bytes, where: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(data)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where} is not valid YAML: {str(error).splitlines()[0]}.") from error
+        values = plain_yaml.parse(data)
+    except ValueError as error:
+        raise ConfigError(f"{where} is not valid YAML: {error}.") from error
     block = values.get("policy", values) if isinstance(values, dict) else None
+    beside = () if block is values or block is None else values.keys() & Policy.model_fields.keys()
+    if beside:
+        raise ConfigError(
+            f"{where} holds {min(beside)!r} beside `policy:`, where it has no effect.",
+            remedy="Move it below `policy:`.",
+        )
     if not isinstance(block, dict) or not all(isinstance(key, str) for key in block):
         raise ConfigError(f"{where} holds no policy.", remedy="See docs/reference/policy.md.")
     return block

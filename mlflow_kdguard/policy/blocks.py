@@ -1,10 +1,10 @@
 """The blocks of a policy; each field says beside its type which of two values is the tighter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 T = TypeVar("T")
 
@@ -41,6 +41,7 @@ def _sources(a: str, b: str) -> str:
 
 LEAST, MOST = Tighter(min), Tighter(max)
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+PanelTrigger = Annotated[str, Field(pattern=r"^[0-9a-f]{64}(:[0-9]{1,9})?$")]
 AtMost = Annotated[float | None, Field(ge=0, le=1), LEAST]
 AtLeast = Annotated[float, Field(gt=0, le=1), MOST]
 Names = Annotated[tuple[str, ...], Tighter(_union)]
@@ -51,6 +52,16 @@ class Block(BaseModel):
     """Base of every block: frozen, closed to unknown keys, finite; fields know what is tighter."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, values: Any) -> Any:
+        """YAML reads `yes` as true, and pydantic true as 1: a limit that lets everything pass."""
+        for name, value in values.items() if isinstance(values, Mapping) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                raise ValueError(f"{name} is {str(value).lower()}, which is no limit")
+        return values
 
     def tightened(self, other: Self) -> Self:
         """The block that lets pass only what both let pass."""
@@ -101,7 +112,7 @@ class Asr(Block):
         Literal["recovered-or-supplied", "recovered", "supplied", "recovered-and-supplied"],
         Tighter(_sources),
     ]
-    panel: Annotated[tuple[Digest, ...], Tighter(_union)]
+    panel: Annotated[tuple[PanelTrigger, ...], Tighter(_union)]
     upper_at_most: AtMost
     lift_at_most: Annotated[float | None, Field(ge=-1, le=1), LEAST]
     changed_at_least: Annotated[float | None, Field(gt=0, le=1), MOST]

@@ -19,9 +19,12 @@ class Subject(Record):
 class FaithfulFigure(Record):
     """Share of drawn images on which gap <= delta is PROVED, and what it was asked of.
 
-    `eps` is the radius of the ball; `sigma` the noise of a smoothed network, None for others.
+    The gap is the one between `reference` and `student`. `eps` is the radius of the ball; `sigma`
+    the noise of a smoothed network, None for others.
     """
 
+    reference: Model
+    student: Model
     method: Literal["certified", "smoothed"]
     norm: Literal["linf", "l2"]
     eps: float = Field(gt=0)
@@ -51,11 +54,15 @@ class AuditFigure(Record):
 class Figures(Record):
     """Everything that the gate decides on. Absent figures are None or empty, never guessed.
 
-    `teacher` is the model that `paired` and `reference` compare with: the original teacher.
+    `student` is the model that everything was measured on, `teacher` the one that `paired` and
+    `reference` compare with (the original teacher), `baseline` the one that each trigger's
+    baseline was taken on.
     """
 
+    student: Model | None = None
     accuracy: Rate | None = None
     teacher: Model | None = None
+    baseline: Model | None = None
     paired: Paired | None = None
     measured_on: Source | None = None
     asr: tuple[Asr, ...] = ()

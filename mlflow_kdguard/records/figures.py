@@ -76,17 +76,23 @@ class Asr(Record):
 class ReferenceGap(Record):
     """How far the reference moved from the original teacher, on clean images.
 
-    `gap_mean` is the mean over `n` images of max_k |R_k(x) - P_k(x)| (softmax outputs);
-    `student_gap_max` the largest difference between reference and student on the same images.
+    `model` is the reference. `gap_mean` is the mean over `n` images of max_k |R_k(x) - P_k(x)|
+    (softmax outputs); `student_gap_max` the largest difference between reference and student on
+    the same images.
     """
 
+    model: Model
     gap_mean: float = Field(ge=0)
     student_gap_max: float = Field(ge=0)
     n: Count
 
 
 class Measurement(Record):
-    """What onnxruntime answers on the bytes that ship (`kdguard.measure/1`)."""
+    """What onnxruntime answers on the bytes that ship (`kdguard.measure/1`).
+
+    `teacher` is the model that `paired` and `reference` compare with, `baseline` the comparator
+    that every trigger was tried on, too.
+    """
 
     schema_: Literal["kdguard.measure/1"] = Field("kdguard.measure/1", alias="schema")
     model: Model
@@ -97,6 +103,7 @@ class Measurement(Record):
     teacher: Model | None = None
     paired: Paired | None = None
     reference: ReferenceGap | None = None
+    baseline: Model | None = None
 
     def document(self) -> dict[str, Any]:
         body = super().document()
@@ -133,8 +140,9 @@ class AuditReport(Record):
 
 
 class Parity(Record):
-    """Exported graph against the trained network: max |Δ softmax| and equal argmax."""
+    """Exported graph (`model`) against the trained network: max |Δ softmax| and equal argmax."""
 
+    model: Model
     softmax_max: float = Field(ge=0)
     argmax: Rate
     provider: str
@@ -146,3 +154,9 @@ class Exported(Record):
     path: str
     sha256: Sha256
     parity: Parity
+
+    @model_validator(mode="after")
+    def _one_file(self) -> "Exported":
+        if self.parity.model.sha256 != self.sha256:
+            raise ValueError("parity is that of another file")
+        return self

@@ -1,9 +1,9 @@
 """From the stages' documents to the figures of a certificate. What is absent stays absent."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from mlflow_kdguard.records.base import Rate
+from mlflow_kdguard.records.base import Model, Rate, Sha256
 from mlflow_kdguard.records.bounds import CertifyReport, Status
 from mlflow_kdguard.records.certificate import AuditFigure, FaithfulFigure, Figures
 from mlflow_kdguard.records.figures import AuditReport, Measurement, Parity
@@ -22,8 +22,10 @@ def figures_of(
     taken: dict[str, Any] = {}
     if measurement is not None:
         taken = {
+            "student": measurement.model,
             "accuracy": measurement.accuracy,
             "teacher": measurement.teacher,
+            "baseline": measurement.baseline,
             "paired": measurement.paired,
             "measured_on": measurement.data,
             "asr": measurement.asr,
@@ -37,10 +39,36 @@ def figures_of(
     )
 
 
+def mixed_up(
+    figures: Figures, *, student: Sha256, teacher: Sha256, reference: Sha256
+) -> Iterator[str]:
+    """Every figure that was taken on another model than the one that it would speak of."""
+    own = {"student": student, "teacher": teacher, "reference": reference}
+    for what, role, model in _taken_on(figures):
+        if model is not None and model.sha256 != own[role]:
+            yield f"{what} is about the {role} {model.sha256}, not {own[role]}"
+
+
+def _taken_on(figures: Figures) -> Iterator[tuple[str, str, Model | None]]:
+    yield "the measurement", "student", figures.student
+    yield "the measurement", "teacher", figures.teacher
+    if figures.reference is not None:
+        yield "the measurement", "reference", figures.reference.model
+    for bound in figures.faithful:
+        yield f"the {bound.method} bound", "reference", bound.reference
+        yield f"the {bound.method} bound", "student", bound.student
+    for side, audit in figures.audit.items():
+        yield f"the audit of the {side}", side, audit.model
+    if figures.export is not None:
+        yield "the export", "student", figures.export.model
+
+
 def faithful_of(report: CertifyReport) -> FaithfulFigure:
     """The gated figure of a report: on how many of all drawn images gap <= delta is PROVED."""
     proved = sum(sample.status is Status.PROVED for sample in report.samples)
     return FaithfulFigure(
+        reference=report.reference,
+        student=report.student,
         method="certified",
         norm=report.norm,
         eps=report.eps,

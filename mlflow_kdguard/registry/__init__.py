@@ -13,6 +13,7 @@ from pathlib import Path
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
+from mlflow_kdguard.bundle import MODEL
 from mlflow_kdguard.config import RegistrySection
 from mlflow_kdguard.errors import RegistryError
 from mlflow_kdguard.files import read_bytes, sha256, write_bytes
@@ -176,12 +177,16 @@ class Registry:
         """The raw bytes of `models:/name/version`, `models:/name@alias` or a path (`Versions`)."""
         return self._versions.download(uri, limit=limit)
 
-    def fetch(self, uri: str, folder: Path) -> Path:
+    def fetch(self, uri: str, folder: Path, *, onnx: bool = False) -> Path:
         """Write a version's files below `folder`; the path of the one to read a network from.
 
-        Only model files are written: safetensors with its architecture.json, ONNX or `.pt`.
+        Only model files are written: safetensors with its architecture.json, ONNX or `.pt`; or,
+        with `onnx`, the one ONNX file.
         """
         found = self.download(uri)
+        if onnx:
+            write_bytes(folder / MODEL, found.onnx)
+            return folder / MODEL
         main = found.main
         sibling = str(Path(main).with_name(ARCHITECTURE))
         for path in (main, sibling):

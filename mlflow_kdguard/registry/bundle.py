@@ -21,7 +21,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
 from mlflow_kdguard.bundle import ALLOWED, MODEL
-from mlflow_kdguard.errors import ModelError, RegistryError, UnsafeModelError
+from mlflow_kdguard.errors import ModelError, RegistryError, UnsafeModelError, UsageError
 from mlflow_kdguard.files import digest_json, sha256, write_bytes
 
 with warnings.catch_warnings():
@@ -150,6 +150,22 @@ def read_folder(folder: Path, *, limit: int = LARGEST) -> dict[str, bytes]:
             raise too_large(str(folder), limit)
         files[name] = path.read_bytes()
     return files
+
+
+def from_path(path: Path, *, limit: int) -> Bundle:
+    """The bundle of a folder, or of one file; UsageError where it cannot be read."""
+    try:
+        if path.is_dir():
+            files = read_folder(path, limit=limit)
+            files.pop(ADDED_BY_CLIENT, None)
+            return Bundle(uri=str(path), files=files)
+        if not path.is_file():
+            raise UsageError(f"there is no model at {path}.", remedy="Check the path.")
+        if path.stat().st_size > limit:
+            raise too_large(str(path), limit)
+        return Bundle(uri=str(path), files={path.name: path.read_bytes()})
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}.") from error
 
 
 def too_large(where: str, limit: int) -> ModelError:

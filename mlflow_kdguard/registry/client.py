@@ -60,9 +60,10 @@ class Connection:
         MLflow itself would put them below whatever folder the command was started in.
         """
         parts = urlsplit(self.tracking_uri)
-        if parts.scheme != "sqlite" or _database(parts) is None:
+        file = _database(parts)
+        if parts.scheme != "sqlite" or file is None:
             return None
-        place = Path(parts.path[1:]).absolute().parent / "mlartifacts"
+        place = file.absolute().parent / "mlartifacts"
         return str(place / quote(experiment, safe=""))
 
     @contextmanager
@@ -126,7 +127,8 @@ def _refuse_no_folder(parts: SplitResult) -> None:
 
 def _database(parts: SplitResult) -> Path | None:
     """The file of an SQLite URI; None for a database in memory."""
-    return None if parts.path[1:] in ("", ":memory:") else Path(parts.path[1:])
+    file = parts.path[1:] + (f"#{parts.fragment}" if parts.fragment else "")
+    return None if file in ("", ":memory:") else Path(file)
 
 
 def _first_line(error: Exception) -> str:

@@ -95,17 +95,6 @@ class Versions:
                 return client.get_model_version(match["name"], match["version"])
             return client.get_model_version_by_alias(match["name"], match["alias"])
 
-    def exists(self, uri: str) -> bool:
-        """Whether the version is there; RegistryError where MLflow does not answer."""
-        try:
-            self.find(uri)
-        except RegistryError as error:
-            cause = error.__cause__
-            if getattr(cause, "error_code", None) != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return False
-        return True
-
     def download(self, uri: str, *, limit: int = bundle.LARGEST) -> Bundle:
         """The bytes of a version or of a folder or file; nothing of it is executed or believed.
 
@@ -117,7 +106,7 @@ class Versions:
         if not uri:
             raise UsageError("the model's name is empty.", remedy="Write models:/name/version.")
         if not uri.startswith("models:"):
-            return _from_path(Path(uri), limit)
+            return bundle.from_path(Path(uri), limit=limit)
         version = self.find(uri)
         with self.connection.answering(f"locate {uri}"):
             source = self.connection.client.get_model_version_download_uri(
@@ -271,21 +260,6 @@ def _listed(store: Any) -> dict[str, int]:
     if folders:
         raise ModelError(f"there are more than {bundle.MOST_FILES} artifacts.")
     return sizes
-
-
-def _from_path(path: Path, limit: int) -> Bundle:
-    try:
-        if path.is_dir():
-            files = bundle.read_folder(path, limit=limit)
-            files.pop(bundle.ADDED_BY_CLIENT, None)
-            return Bundle(uri=str(path), files=files)
-        if not path.is_file():
-            raise UsageError(f"there is no model at {path}.", remedy="Check the path.")
-        if path.stat().st_size > limit:
-            raise bundle.too_large(str(path), limit)
-        return Bundle(uri=str(path), files={path.name: path.read_bytes()})
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}.") from error
 
 
 def _text(envelope: bytes, uri: str) -> str:

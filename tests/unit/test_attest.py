@@ -17,7 +17,7 @@ import certificates as c
 from mlflow_kdguard import attest
 from mlflow_kdguard.attest.envelope import PAYLOAD_TYPE, Envelope, Signature, pae
 from mlflow_kdguard.attest.signing import Role, Signer, Verifier
-from mlflow_kdguard.errors import CertificateError
+from mlflow_kdguard.errors import CertificateError, UsageError
 from mlflow_kdguard.files import canonical_json, sha256
 from mlflow_kdguard.records import Certificate, Model, Subject
 
@@ -390,3 +390,13 @@ def test_checking_needs_neither_torch_nor_mlflow_and_loads_no_key_library_early(
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_two_records_of_one_key_that_differ_are_refused_in_either_order() -> None:
+    """Otherwise the order of --key would decide whether a compromised key is believed."""
+    record = BEA.verifier.record.model_copy(update={"compromised": "2026-01-01T00:00:00Z"})
+    revoked = attest.Verifier(record, BEA.verifier.public)
+    for verifiers in ([revoked, BEA.verifier], [BEA.verifier, revoked]):
+        with pytest.raises(UsageError, match="two records"):
+            check(verifiers=verifiers)
+    assert check(verifiers=[BEA.verifier, BEA.verifier])

@@ -284,3 +284,17 @@ def test_nets_and_data_that_do_not_fit_are_refused() -> None:
         examined(broken)
     with pytest.raises(DataError, match="labelled"):
         examined(toys.cnn(), data=digits().unlabelled())
+
+
+@pytest.mark.parametrize("target", [-1, 10, 10**20])
+def test_a_trigger_with_a_class_that_is_none_is_refused(target: int) -> None:
+    """No image is ever sent there: it would look harmless."""
+    patch = Trigger("patch", "add", None, np.full((1, 8, 8), 0.5, np.float32))
+    with pytest.raises(UsageError, match="does not fit"):
+        examined(shortcut(), triggers=[(patch, target)])
+
+
+def test_images_of_another_size_are_refused() -> None:
+    net = toys.net("cnn:4", shape=(1, 28, 28))
+    with pytest.raises(ModelError, match="does not run on digits"):
+        examined(net)

@@ -239,3 +239,16 @@ def _classifier() -> bytes:
     )
     opset = helper.make_opsetid("", 18)
     return bytes(helper.make_model(graph, ir_version=10, opset_imports=[opset]).SerializeToString())
+
+
+BOMB = "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 9}]" for i in range(1, 12))])
+
+
+@pytest.mark.parametrize("name", ["MLmodel", "conda.yaml", "python_env.yaml"])
+@pytest.mark.parametrize(
+    "text", [BOMB + "\nname: *a11", "name: !!bool x", "name: !!timestamp x", "name: a\nname: b"]
+)
+def test_yaml_that_is_not_plain_is_refused_at_once(name: str, text: str) -> None:
+    """A few aliases stand for gigabytes; PyYAML's own constructors raise errors of any kind."""
+    with pytest.raises(UnsafeModelError, match="not plain YAML"):
+        bundle.check(files(**{name: text.encode()}))

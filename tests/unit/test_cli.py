@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -125,3 +126,14 @@ def test_help_imports_nothing_heavy() -> None:
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("days", ["0", "99999999", "9" * 30])
+def test_a_validity_that_no_calendar_holds_is_usage(tmp_path: Path, days: str) -> None:
+    assert answer(["keygen", str(tmp_path / "key"), "--owner", "Bea", "--days", days]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("radius", ["nan", "inf", "0"])
+def test_a_radius_that_is_none_is_usage(radius: str) -> None:
+    assert answer(["audit", "model.onnx", "--data", "digits#test[:9]", "--radius", radius]) == 2

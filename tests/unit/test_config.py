@@ -101,7 +101,13 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 def test_digest_is_about_figures_only() -> None:
     base = config.parse({}, "test")
-    same = [{"run": {"work_dir": "elsewhere"}}, {"registry": {"model_name": "other"}}]
+    same: list[dict[str, Any]] = [
+        {"run": {"work_dir": "elsewhere"}},
+        {"registry": {"model_name": "other"}},
+        {"teacher": {"model": "elsewhere/teacher.onnx"}},
+        {"data": {"transfer": "npz:elsewhere.npz", "root": "elsewhere"}},
+        {"measure": {"triggers": ["elsewhere/patch.kdt:1"]}},
+    ]
     for values in same:
         assert config.parse(values, "test").digest == base.digest
     other: list[dict[str, Any]] = [
@@ -140,3 +146,15 @@ def test_any_override_is_taken_or_refused(key: str, value: str) -> None:
         config.load(None, [f"{key}={value}", f"run.{key}={value}"])
     with contextlib.suppress(ConfigError):
         config.load(None, [f"run.seed={value}"])
+
+
+@pytest.mark.parametrize("text", ["my dir #2/t.onnx", "a: b.onnx", "123", "null", "yes", "[x"])
+def test_named_values_are_text_as_they_stand(text: str) -> None:
+    loaded = config.load(None, ["teacher.model=other"], {"teacher.model": text})
+    assert loaded.teacher.model == text
+
+
+def test_named_values_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"run\.device"):
+        config.load(None, [], {"run.device": "tpu"})
+    assert config.load(None, [], {"redteam.target": "3"}).redteam is not None

@@ -198,3 +198,26 @@ def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
     assert (tmp_path / "x.bin").read_bytes() == b"old"
     left = [entry.name for entry in tmp_path.iterdir() if entry.name != "x.bin"]
     assert all(name.startswith(".x.bin.") and name.endswith(".tmp") for name in left)
+
+
+def test_a_device_is_never_replaced(tmp_path: Path) -> None:
+    """A rename onto /dev/stdout would put a plain file in its place, for everybody."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    link = tmp_path / "link"
+    link.symlink_to("/dev/null")
+    for place in (pipe, link):
+        with pytest.raises(UsageError, match="not a plain file"):
+            files.write_bytes(place, b"x")
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
+
+
+def test_no_more_is_read_than_was_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"12345")
+    assert files.read_bytes(file, what="the file", at_most=5) == b"12345"
+    for path in (file, Path("/dev/zero")):
+        with pytest.raises(UsageError, match="has more than 4 bytes"):
+            files.read_bytes(path, what="the file", at_most=4)

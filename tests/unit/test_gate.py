@@ -10,6 +10,7 @@ from mlflow_kdguard import gate, intervals
 from mlflow_kdguard.files import sha256
 from mlflow_kdguard.policy import Policy, merged, parse
 from mlflow_kdguard.records import (
+    Asr,
     AuditFigure,
     Control,
     Model,
@@ -95,24 +96,27 @@ def test_a_reference_equal_to_the_student_is_refused(same_bytes: bool) -> None:
     """In the same bytes, or in others (renamed tensors) that compute the same."""
     reference = c.STUDENT if same_bytes else sha256(b"the student, renamed")
     drawn = c.draw(c.POPULATION, c.SAMPLES, reference, c.STUDENT, c.TEST.sha256, "")
+    model = Model(sha256=reference)
     made = c.certificate(
-        reference=ReferenceGap(gap_mean=0.05, student_gap_max=0.0, n=1000),
-        faithful=(c.faithful(within=Rate(k=100, n=100), indices=drawn),),
-    ).model_copy(update={"reference": Model(sha256=reference)})
+        reference=c.gap(model=model, student_gap_max=0.0),
+        faithful=(c.faithful(reference=model, within=Rate(k=100, n=100), indices=drawn),),
+    ).model_copy(update={"reference": model})
     assert c.decided(made).failed == ("reference.distinct",)
 
 
 def test_a_reference_in_the_students_bytes_is_refused_whatever_the_gap_says() -> None:
     drawn = c.draw(c.POPULATION, c.SAMPLES, c.STUDENT, c.STUDENT, c.TEST.sha256, "")
-    made = c.certificate(faithful=(c.faithful(indices=drawn),))
-    made = made.model_copy(update={"reference": Model(sha256=c.STUDENT)})
+    model = Model(sha256=c.STUDENT)
+    made = c.certificate(
+        reference=c.gap(model=model), faithful=(c.faithful(reference=model, indices=drawn),)
+    ).model_copy(update={"reference": model})
     assert c.decided(made).failed == ("reference.distinct",)
 
 
 def test_logits_times_a_hundredth_on_both_sides_are_refused() -> None:
     """Both nets answer about 1/K everywhere: faithful, and so is any constant; R left P far."""
     made = c.certificate(
-        reference=ReferenceGap(gap_mean=0.83, student_gap_max=0.02, n=1000),
+        reference=c.gap(gap_mean=0.83, student_gap_max=0.02, n=1000),
         faithful=(
             c.faithful(
                 within=Rate(k=100, n=100),
@@ -263,7 +267,8 @@ def test_the_drop_is_compared_through_its_bound() -> None:
     """At 2 points below the teacher the mean passes 0.03, and its bound on 200 images does not."""
     few = Paired(both=180, only_teacher=8, only_student=4, neither=8)
     assert (few.only_teacher - few.only_student) / few.n < 0.03 < few.drop_upper()
-    decision = c.decided(c.certificate(paired=few, accuracy=Rate(k=184, n=200)))
+    drawn = c.faithful(population=200, indices=c.indices(population=200))
+    decision = c.decided(c.certificate(paired=few, accuracy=Rate(k=184, n=200), faithful=(drawn,)))
     assert decision.failed == ("accuracy",)
     assert "188" in why(decision, "accuracy")
 
@@ -376,13 +381,20 @@ def test_lift_needs_a_baseline_and_is_compared_through_its_bound() -> None:
     strict = policy(asr={"upper_at_most": None, "lift_at_most": 0.10})
     assert c.decided(c.certificate(), strict).failed == ("asr.lift",)
     same = Rate(k=10, n=900)
+    other = Model(sha256=sha256(b"the student of a clean teacher"))
+
+    def failed(*asr: Asr, baseline: Model | None = other) -> tuple[str, ...]:
+        return c.decided(c.certificate(asr=asr, baseline=baseline), strict).failed
+
     alike = (c.asr(baseline=same), c.asr(target=1, baseline=same))
-    assert c.decided(c.certificate(asr=alike), strict).passed
-    lifted = (c.asr(k=85, baseline=same),)  # 0.083 above it: the bound is above 0.10
-    assert c.decided(c.certificate(asr=lifted), strict).failed == ("asr.lift",)
-    assert c.decided(c.certificate(asr=(c.asr(baseline=Rate(k=0, n=0)),)), strict).failed == (
-        "asr.lift",
-    )
+    assert failed(*alike) == ()
+    # 0.083 above it: the bound is above 0.10
+    assert failed(c.asr(k=85, baseline=same)) == ("asr.lift",)
+    assert failed(c.asr(baseline=Rate(k=0, n=0))) == ("asr.lift",)
+    # A student is never far above itself, nor above those that it learned from.
+    for suspect in (c.STUDENT, c.REFERENCE, c.TEACHER):
+        assert failed(*alike, baseline=Model(sha256=suspect)) == ("asr.lift",)
+    assert failed(*alike, baseline=None) == ("asr.lift",)
 
 
 def test_the_error_is_divided_among_attempts() -> None:
@@ -399,14 +411,14 @@ def test_the_error_is_divided_among_attempts() -> None:
 @pytest.mark.parametrize(
     ("gap", "failed"),
     [
-        (ReferenceGap(gap_mean=0.16, student_gap_max=0.4, n=1000), ("reference.gap",)),
+        (c.gap(gap_mean=0.16, student_gap_max=0.4, n=1000), ("reference.gap",)),
         (
-            ReferenceGap(gap_mean=0.0, student_gap_max=0.4, n=0),
+            c.gap(gap_mean=0.0, student_gap_max=0.4, n=0),
             ("reference.gap", "reference.distinct"),
         ),
-        (ReferenceGap(gap_mean=0.0, student_gap_max=1e-6, n=10), ("reference.distinct",)),
+        (c.gap(gap_mean=0.0, student_gap_max=1e-6, n=10), ("reference.distinct",)),
         (None, ("reference.gap", "reference.distinct")),
-        (ReferenceGap(gap_mean=0.15, student_gap_max=1.1e-6, n=10), ()),
+        (c.gap(gap_mean=0.15, student_gap_max=1.1e-6, n=10), ()),
     ],
 )
 def test_reference(gap: ReferenceGap | None, failed: tuple[str, ...]) -> None:
@@ -437,10 +449,10 @@ def test_clean_means_clean(verdict: Any) -> None:
 @pytest.mark.parametrize(
     ("parity", "ok"),
     [
-        (Parity(softmax_max=1e-4, argmax=Rate(k=1000, n=1000), provider="CPU"), True),
-        (Parity(softmax_max=1.01e-4, argmax=Rate(k=1000, n=1000), provider="CPU"), False),
-        (Parity(softmax_max=0, argmax=Rate(k=999, n=1000), provider="CPU"), False),
-        (Parity(softmax_max=0, argmax=Rate(k=999, n=999), provider="CPU"), False),
+        (c.parity(softmax_max=1e-4, argmax=Rate(k=1000, n=1000)), True),
+        (c.parity(softmax_max=1.01e-4, argmax=Rate(k=1000, n=1000)), False),
+        (c.parity(softmax_max=0, argmax=Rate(k=999, n=1000)), False),
+        (c.parity(softmax_max=0, argmax=Rate(k=999, n=999)), False),
         (None, False),
     ],
 )
@@ -465,7 +477,7 @@ def test_export(parity: Parity | None, ok: bool) -> None:
         ({"indices": tuple(range(100))}, "draw"),
         ({"indices": c.indices()[:99]}, "99 images are listed, and 100 counted"),
         ({"indices": c.indices(99), "within": Rate(k=99, n=99)}, "fewer than 100"),
-        ({"population": 100, "indices": tuple(range(100))}, "among 100 of 1000"),
+        ({"population": 100, "indices": tuple(range(100))}, "among 100, and there are 1000"),
         ({"population": 10**9}, "not repeated here"),
         ({"data": Source(uri="npz:f", sha256=sha256(b"f"))}, "not pinned"),
         ({"control": Control(gap_mean=0.2, within=Rate(k=0, n=100))}, "hardly says anything"),
@@ -520,3 +532,51 @@ def test_the_decision_is_a_document() -> None:
 def test_now_is_taken_from_the_caller() -> None:
     late = datetime(2027, 1, 1, tzinfo=UTC)
     assert c.decided(c.certificate(), now=late).failed == ("certificate.expiry",)
+
+
+# ── Figures of other models ─────────────────────────────────────────────────────────────────────
+
+OTHER = Model(sha256=sha256(b"another model"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "failed"),
+    [
+        ({"student": OTHER}, ("certificate",)),
+        ({"student": None}, ("certificate",)),
+        ({"teacher": OTHER}, ("accuracy", "reference.gap")),
+        ({"reference": c.gap(model=OTHER)}, ("reference.gap", "reference.distinct")),
+        ({"faithful": (c.faithful(reference=OTHER),)}, ("faithful",)),
+        ({"faithful": (c.faithful(student=OTHER),)}, ("faithful",)),
+        ({"export": c.parity(model=OTHER)}, ("export",)),
+    ],
+)
+def test_every_figure_is_bound_to_the_models_of_the_certificate(
+    changes: dict[str, Any], failed: tuple[str, ...]
+) -> None:
+    assert c.decided(c.certificate(**changes)).failed == failed
+
+
+def test_all_images_are_no_draw_and_bind_nothing_by_themselves() -> None:
+    """Where every image is drawn, the indices are the same for every pair of models."""
+    everything = {"indices": tuple(range(c.POPULATION)), "within": Rate(k=990, n=c.POPULATION),
+                  "control": Control(gap_mean=0.85, within=Rate(k=0, n=c.POPULATION))}  # fmt: skip
+    assert c.decided(c.certificate(faithful=(c.faithful(**everything),))).passed
+    for role in ("reference", "student"):
+        borrowed = c.faithful(**everything, **{role: OTHER})
+        assert c.decided(c.certificate(faithful=(borrowed,))).failed == ("faithful",)
+
+
+@pytest.mark.parametrize("population", [999, 1001, 5000])
+def test_the_population_is_the_measured_test_set(population: int) -> None:
+    """Among larger made-up populations, one with a friendly draw could be looked for."""
+    figure = c.faithful(population=population, indices=c.indices(population=population))
+    assert c.decided(c.certificate(faithful=(figure,))).failed == ("faithful",)
+
+
+def test_a_panel_trigger_counts_for_the_class_that_it_is_aimed_at() -> None:
+    """A trigger for class 3 hardly ever leads to class 0."""
+    made = c.certificate()
+    assert c.decided(made, panel=(f"{c.TRIGGER}:0",)).passed
+    assert c.decided(made, panel=(f"{c.TRIGGER}:3",)).failed == ("asr.triggers",)
+    assert c.decided(made, policy(asr={"panel": [f"{c.TRIGGER}:3"]})).failed == ("asr.triggers",)

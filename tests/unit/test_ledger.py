@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_kdguard.errors import KDGuardError
+from mlflow_kdguard.errors import KDGuardError, UsageError
 from mlflow_kdguard.ledger import Entry, Ledger
 
 
@@ -108,3 +108,36 @@ def test_killed_anywhere_a_stage_is_finished_or_absent(tmp_path: Path) -> None:
             entry = Ledger(tmp_path).open("stage", {"i": i})
             assert entry.recorded == {"i": i}
             assert entry.path("a.bin").read_bytes() == bytes([i % 251]) * 4096
+
+
+def test_files_that_no_stage_left_are_never_cleared(tmp_path: Path) -> None:
+    own = tmp_path / "teacher" / "weights.pt"
+    own.parent.mkdir()
+    own.write_text("months of training")
+    with pytest.raises(UsageError, match="in the way"):
+        Ledger(tmp_path).open("teacher", {"a": 1})
+    assert own.read_text() == "months of training"
+
+
+@pytest.mark.parametrize("left", [(), (".inputs.sha256.x1.tmp",)])
+def test_a_folder_that_a_kill_left_before_its_mark_is_ours(
+    tmp_path: Path, left: tuple[str, ...]
+) -> None:
+    (tmp_path / "export").mkdir()
+    for name in left:
+        (tmp_path / "export" / name).touch()
+    _finish(Ledger(tmp_path), "export", {"a": 1})
+    assert Ledger(tmp_path).open("export", {"a": 1}).record is not None
+
+
+def test_what_no_longer_holds_is_run_again(tmp_path: Path) -> None:
+    entry = _finish(Ledger(tmp_path), "register", {"a": 1})
+    assert Ledger(tmp_path).reopen(entry).record is None
+    assert Ledger(tmp_path).open("register", {"a": 1}).record is None
+
+
+def test_torn_writes_are_swept(tmp_path: Path) -> None:
+    entry = Ledger(tmp_path).open("distill", {"a": 1})
+    entry.path(".weights.safetensors.x1.tmp").touch()
+    Ledger(tmp_path).open("distill", {"a": 1})
+    assert not list(tmp_path.rglob("*.tmp"))

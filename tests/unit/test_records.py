@@ -52,7 +52,7 @@ MEASUREMENT = {
     "asr": [ASR],
     "teacher": MODEL,
     "paired": {"both": 940, "only_teacher": 20, "only_student": 10, "neither": 30},
-    "reference": {"gap_mean": 0.1, "student_gap_max": 0.4, "n": 1000},
+    "reference": {"model": MODEL, "gap_mean": 0.1, "student_gap_max": 0.4, "n": 1000},
 }
 CERTIFICATE: dict[str, Any] = {
     "schema": "kdguard.certificate/1",
@@ -68,6 +68,8 @@ CERTIFICATE: dict[str, Any] = {
         "asr": [ASR],
         "faithful": [
             {
+                "reference": MODEL,
+                "student": MODEL,
                 "method": "certified",
                 "norm": "linf",
                 "eps": 0.01,
@@ -86,6 +88,7 @@ CERTIFICATE: dict[str, Any] = {
         ],
         "audit": {"teacher": {"model": MODEL, "verdict": "suspect", "p_value": 0.01, "target": 0}},
         "export": {
+            "model": MODEL,
             "softmax_max": 1e-6,
             "argmax": {"k": 1000, "n": 1000},
             "provider": "CPUExecutionProvider",

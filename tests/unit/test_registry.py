@@ -69,7 +69,7 @@ def measurement(*figures: Asr) -> Measurement:
         asr=figures or (asr(),),
         teacher=Model(sha256=DIGEST),
         paired=Paired(both=8, only_teacher=1, only_student=0, neither=1),
-        reference=ReferenceGap(gap_mean=0.1, student_gap_max=0.4, n=10),
+        reference=ReferenceGap(model=Model(sha256=DIGEST), gap_mean=0.1, student_gap_max=0.4, n=10),
     )
 
 
@@ -124,7 +124,12 @@ def audit_report() -> AuditReport:
 
 
 def exported() -> Exported:
-    parity = Parity(softmax_max=1e-6, argmax=Rate(k=10, n=10), provider="CPUExecutionProvider")
+    parity = Parity(
+        model=Model(sha256=DIGEST),
+        softmax_max=1e-6,
+        argmax=Rate(k=10, n=10),
+        provider="CPUExecutionProvider",
+    )
     return Exported(path="model.onnx", sha256=DIGEST, parity=parity)
 
 
@@ -132,6 +137,8 @@ def figures() -> Figures:
     """A certificate's figures with everything in them."""
     taken = measurement()
     faithful = FaithfulFigure(
+        reference=Model(sha256=DIGEST),
+        student=Model(sha256=DIGEST),
         method="certified",
         norm="linf",
         eps=0.01,

@@ -79,6 +79,31 @@ def test_keys_are_never_overwritten(tmp_path: Path, existing: str) -> None:
     assert (tmp_path / existing).read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize("owner", ["", " ", "\u200b", "Bea\n", "Bea\x1b[31m", "\udcff"])
+def test_an_owner_is_a_name_that_can_be_read(tmp_path: Path, owner: str) -> None:
+    with pytest.raises(UsageError, match="owner"):
+        keygen(tmp_path / "key", owner=owner, role="builder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_key_without_its_record_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise UsageError("No space left on device")
+
+    monkeypatch.setattr(signing, "write_bytes", full)
+    with pytest.raises(UsageError, match="space"):
+        keygen(tmp_path / "key", owner="Bea", role="builder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_key_needs_a_file_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="names no file"):
+        keygen(Path(), owner="Bea", role="builder")
+
+
 def test_a_dangling_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "key.pem").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match="exists already"):

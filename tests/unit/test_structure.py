@@ -21,6 +21,7 @@ VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "cor
 TRUST_CORE = (
     "errors",
     "files",
+    "plain_yaml",
     "draw",
     "intervals",
     "records",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from mlflow_kdguard.errors import DataError, UsageError
-from mlflow_kdguard.triggers import Trigger
+from mlflow_kdguard.triggers import Trigger, aimed
 
 SHAPE = (2, 3, 4)
 UNIT = st.floats(0, 1, width=32)
@@ -280,3 +280,24 @@ def test_picture(tmp_path: Path, channels: int) -> None:
     with Image.open(tmp_path / "a.png") as image:
         assert image.format == "PNG"
         assert 128 in np.asarray(image.convert("L"))
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "target"),
+    [
+        ("patch.kdt", "patch.kdt", 0),
+        ("patch.kdt:7", "patch.kdt", 7),
+        ("a:3/patch.kdt", "a:3/patch.kdt", 0),
+        ("a:3/patch.kdt:2", "a:3/patch.kdt", 2),
+        ("patch.kdt:²", "patch.kdt:²", 0),
+        (":3", ":3", 0),
+    ],
+)
+def test_a_trigger_is_aimed_at_a_class(text: str, path: str, target: int) -> None:
+    assert aimed(text) == (Path(path), target)
+
+
+def test_a_file_that_ends_like_a_class_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "patch:3").touch()
+    assert aimed(str(tmp_path / "patch:3")) == (tmp_path / "patch:3", 0)
+    assert aimed(f"{tmp_path / 'patch:3'}:5") == (tmp_path / "patch:3", 5)

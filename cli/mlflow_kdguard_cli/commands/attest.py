@@ -11,9 +11,10 @@ from mlflow_kdguard_cli import options
 
 if TYPE_CHECKING:
     from mlflow_kdguard.attest import Checked
-    from mlflow_kdguard.records import Certificate
+    from mlflow_kdguard.records import Certificate, Figures
 
 FILE = click.Path(path_type=Path)
+_LONGEST = 36_500  # days; a policy asks for no more
 
 
 @click.command()
@@ -26,7 +27,7 @@ FILE = click.Path(path_type=Path)
     show_default=True,
     help="Only a verifier may sign `recomputed` figures.",
 )
-@click.option("--days", type=click.IntRange(min=1), help="Validity; default: no end.")
+@click.option("--days", type=click.IntRange(min=1, max=_LONGEST), help="Validity; default: no end.")
 @options.as_json
 def keygen(path: Path, owner: str, role: Any, days: int | None, as_json: bool) -> None:
     """Make a signing key with an owner and a role.
@@ -80,15 +81,18 @@ def check(
     from mlflow_kdguard.files import read_bytes
     from mlflow_kdguard_cli import render
 
+    files = bundle.read(model) if model.is_dir() else None
     checked = attest.check(
         read_bytes(certificate, what="the certificate"),
-        files=bundle.read(model) if model.is_dir() else None,
+        files=files,
         verifiers=[Verifier.load(key) for key in keys],
         now=datetime.now(UTC),
         model_name=name,
     )
-    if not model.is_dir():
+    if files is None:
         _about(checked.certificate, model)
+    else:
+        bundle.check(files)
     body = _checked_document(checked)
     render.say(
         f"{certificate} holds: {', '.join(body['signed_by'])}; issued "
@@ -116,10 +120,10 @@ def check(
 @click.option("--key", type=FILE, required=True, envvar="KDGUARD_KEY", help="Signing key.")
 @click.option(
     "--days",
-    type=click.FloatRange(min=0, min_open=True),
+    type=float,
     default=90.0,
     show_default=True,
-    help="Validity.",
+    help="Validity; at most 36500.",
 )
 @click.option(
     "--out",
@@ -135,7 +139,8 @@ def attest(**flags: Any) -> None:
     Sign a certificate for the student MODEL (model.onnx, or the folder of its bundle).
 
     Figures come from the documents of the other commands; what is left out is absent from the
-    certificate, and the gate refuses what its policy asks for and does not find.
+    certificate, and the gate refuses what its policy asks for and does not find. A document about
+    another model than MODEL, --teacher and --reference is not signed (exit code 8).
     """
     from mlflow_kdguard import attest as attesting
     from mlflow_kdguard.attest.signing import Signer
@@ -150,26 +155,23 @@ def attest(**flags: Any) -> None:
 
 def _certificate(flags: dict[str, Any]) -> "Certificate":
     from mlflow_kdguard import attest as attesting
-    from mlflow_kdguard import bundle, records
-    from mlflow_kdguard.files import digest_json, read_bytes, sha256_file
+    from mlflow_kdguard import records
+    from mlflow_kdguard.files import digest_json, sha256
 
-    model: Path = flags["model"]
-    files = (
-        bundle.read(model)
-        if model.is_dir()
-        else {"model.onnx": read_bytes(model, what="the model")}
-    )
-    figures = _figures(flags)
+    files = _bundle(flags["model"])
+    named = {name: _digest(flags[name], name) for name in ("teacher", "reference")}
+    named["student"] = sha256(files["model.onnx"])
+    figures = _figures(flags, named)
     now = datetime.now(UTC).replace(microsecond=0)
     sources = [figure.data for figure in figures.faithful]
     if figures.measured_on is not None:
         sources.append(figures.measured_on)
     return records.Certificate(
         subjects=attesting.subjects_of(files),
-        model_name=flags["model_name"],
+        model_name=_filled(flags["model_name"], "--model-name"),
         registry=flags["registry"],
-        reference=records.Model(sha256=sha256_file(flags["reference"])),
-        teacher=records.Model(sha256=sha256_file(flags["teacher"])),
+        reference=records.Model(sha256=named["reference"]),
+        teacher=records.Model(sha256=named["teacher"]),
         data=tuple({source.sha256: source for source in sources}.values()),
         triggers=tuple(figure.trigger for figure in figures.asr),
         figures=figures,
@@ -178,24 +180,69 @@ def _certificate(flags: dict[str, Any]) -> "Certificate":
         seed=0,
         tools={},
         issued=records.format_time(now),
-        expires=records.format_time(now + timedelta(days=flags["days"])),
+        expires=records.format_time(now + _validity(flags["days"])),
     )
 
 
-def _figures(flags: dict[str, Any]) -> Any:
-    from mlflow_kdguard.files import sha256_file
+def _figures(flags: dict[str, Any], named: dict[str, str]) -> "Figures":
+    """The documents' figures, if all of them are about the models that `named` has by digest."""
+    from mlflow_kdguard.errors import CertificateError
     from mlflow_kdguard.records import AuditReport, CertifyReport, Exported, Measurement
-    from mlflow_kdguard.records.gather import figures_of
+    from mlflow_kdguard.records.gather import Side, figures_of, mixed_up
 
-    teacher = sha256_file(flags["teacher"])
-    audits = [_read(path, AuditReport) for path in flags["audit_files"]]
+    audits: dict[Side, AuditReport] = {}
+    for path in flags["audit_files"]:
+        report = _read(path, AuditReport)
+        side: Side = "teacher" if report.model.sha256 == named["teacher"] else "student"
+        if side in audits:
+            raise CertificateError(
+                f"{path} is a second audit of the {side}, or the audit of another model.",
+                remedy="Name one audit of the original teacher's ONNX file, one of the student's.",
+            )
+        audits[side] = report
     exported = _read(flags["export_file"], Exported)
-    return figures_of(
+    figures = figures_of(
         measurement=_read(flags["measure_file"], Measurement),
         bounds=_read(flags["certify_file"], CertifyReport),
-        audits={"teacher" if a.model.sha256 == teacher else "student": a for a in audits},
+        audits=audits,
         parity=None if exported is None else exported.parity,
     )
+    if wrong := "; ".join(mixed_up(figures, **named)):
+        raise CertificateError(
+            f"the documents and the models do not belong together: {wrong}.",
+            remedy="Take every figure on the files that are named here.",
+        )
+    return figures
+
+
+def _bundle(model: Path) -> dict[str, bytes]:
+    """The files that are signed for; a folder must be a bundle that serves its model.onnx."""
+    from mlflow_kdguard import bundle
+    from mlflow_kdguard.files import read_bytes
+
+    if not model.is_dir():
+        return {bundle.MODEL: read_bytes(model, what="the model")}
+    files = bundle.read(model)
+    bundle.check(files)
+    return files
+
+
+def _digest(path: Path, name: str) -> str:
+    from mlflow_kdguard.files import read_bytes, sha256
+
+    return sha256(read_bytes(path, what=f"the {name}"))
+
+
+def _filled(text: str, option: str) -> str:
+    if not text.strip():
+        raise click.BadParameter("it is empty.", param_hint=option)
+    return text
+
+
+def _validity(days: float) -> timedelta:
+    if not 0 < days <= _LONGEST:  # NaN, too
+        raise click.BadParameter(f"not between 0 and {_LONGEST} days.", param_hint="--days")
+    return timedelta(days=days)
 
 
 def _read(path: Path | None, record: Any) -> Any:
@@ -217,12 +264,11 @@ def _read(path: Path | None, record: Any) -> Any:
 
 
 def _about(certificate: "Certificate", model: Path) -> None:
+    from mlflow_kdguard.bundle import MODEL
     from mlflow_kdguard.errors import CertificateError
-    from mlflow_kdguard.files import read_bytes, sha256
 
-    digest = sha256(read_bytes(model, what="the model"))
-    certified = {subject.sha256: subject.path for subject in certificate.subjects}
-    if digest not in certified:
+    digest = _digest(model, "model")
+    if digest not in {s.sha256 for s in certificate.subjects if s.path == MODEL}:
         listed = ", ".join(f"{s.path} {s.sha256[:16]}…" for s in certificate.subjects)
         raise CertificateError(
             f"{model} has the SHA-256 {digest}, and the certificate speaks of {listed}.",

@@ -61,7 +61,6 @@ def audit(**flags: Any) -> int:
     """
     from mlflow_kdguard import data, devices
     from mlflow_kdguard.audit import examine
-    from mlflow_kdguard.config import AuditSection
     from mlflow_kdguard_cli import render
 
     shown = data.load(flags["data_uri"], root=flags["data_root"], download=flags["download"])
@@ -71,7 +70,7 @@ def audit(**flags: Any) -> int:
             model.net(),
             model_sha256=model.sha256,
             data=shown,
-            config=AuditSection(**_section(flags)),
+            config=_section(flags),
             seed=flags["seed"],
             device=devices.pick(flags["device"]),
             progress=progress,
@@ -83,14 +82,22 @@ def audit(**flags: Any) -> int:
     return _exit_code(audited.report.verdict, flags["require"])
 
 
-def _section(flags: dict[str, Any]) -> dict[str, Any]:
+def _section(flags: dict[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    from mlflow_kdguard.config import AuditSection, explain
+    from mlflow_kdguard.errors import ConfigError
+
     calibration = flags["calibration"]
     given = {
         "radius": flags["radius"],
         "shadows": flags["shadows"] or None,
         "calibration": None if calibration is None else str(calibration),
     }
-    return {key: value for key, value in given.items() if value is not None}
+    try:
+        return AuditSection(**{key: value for key, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise ConfigError(explain(error), remedy="See `kdguard audit --help`.") from error
 
 
 def _keep(folder: Path | None, recovered: Any) -> None:

@@ -48,7 +48,7 @@ def measure(**flags: Any) -> None:
     ]
     with render.progress() as progress:
         taken = take(
-            opened(flags["model"], flags).onnx(),
+            opened(flags["model"], flags, onnx=True).onnx(),
             shown,
             triggers=triggers,
             teacher=_onnx("teacher", flags),
@@ -114,8 +114,8 @@ def certify(**flags: Any) -> None:
     shown = data.load(flags["data_uri"], root=flags["data_root"], download=flags["download"])
     with render.progress() as progress:
         report = bound(
-            opened(flags["teacher"], flags).onnx(),
-            opened(flags["student"], flags).onnx(),
+            opened(flags["teacher"], flags, onnx=True).onnx(),
+            opened(flags["student"], flags, onnx=True).onnx(),
             shown,
             config=section,
             nonce=flags["nonce"],
@@ -127,7 +127,7 @@ def certify(**flags: Any) -> None:
 
 
 def _onnx(name: str, flags: dict[str, Any]) -> bytes | None:
-    return opened(flags[name], flags).onnx() if flags[name] else None
+    return opened(flags[name], flags, onnx=True).onnx() if flags[name] else None
 
 
 def _section(flags: dict[str, Any]) -> Any:

@@ -25,6 +25,7 @@ FILE = click.Path(path_type=Path)
 @options.config_root
 @options.download
 @options.registry_options
+@options.trust_code
 @options.as_json
 def distill(**flags: Any) -> None:
     """Distil a student from a reference network.
@@ -51,13 +52,14 @@ def distill(**flags: Any) -> None:
     with render.progress() as progress:
         figures = train_student(
             config.distill,
-            from_onnx(opened(flags["reference"], flags).path),
+            from_onnx(opened(flags["reference"], flags, onnx=True).path),
             transfer if labelled else transfer.unlabelled(),
             clean,
             folder=flags["out"],
             seed=config.run.seed,
             device=devices.pick(config.run.device),
             progress=progress,
+            trust_code=flags["trust_code"],
         )
     render.say(f"weights and architecture are in {flags['out']}")
     body = {"schema": "kdguard.distill/1", "folder": str(flags["out"]), "figures": figures}

@@ -33,13 +33,13 @@ def gate(**flags: Any) -> int:
 
     The bundle of MODEL (models:/name/version) is downloaded and hashed, the certificate's
     signatures are checked against the trusted keys, and every rule of the operator's policy is
-    held against the signed figures. Exit code 0 passes, 3 refuses, 8 means that the certificate
-    itself does not hold.
+    held against the signed figures. Exit code 0 passes and 3 refuses, also where the certificate
+    itself does not hold; the reasons are listed.
 
     \b
     kdguard gate models:/student/3 --key builder.pem.pub --pin mnist5k#test
     """
-    decision = _decide(flags)
+    decision = _decide(_registry(flags), flags["model"], flags)
     return _answer(decision, flags)
 
 
@@ -54,30 +54,34 @@ def gate(**flags: Any) -> int:
 def promote(**flags: Any) -> int:
     """The decision, then the alias if it passes.
 
-        A refusal (exit code 3) leaves every alias where it was and writes the reasons to the model
-    version's tags.
+    A refusal (exit code 3) leaves every alias where it was and writes the reasons to the model
+    version's tags. Where MODEL is an alias, the version that it stands for at the start is judged
+    and promoted, whatever the alias names by then.
 
     \b
     kdguard promote models:/student/3 --alias champion --key builder.pem.pub --pin mnist5k#test
     """
-    decision = _decide(flags)
     registry = _registry(flags)
-    registry.record_decision(flags["model"], decision)
+    uri = registry.resolve(flags["model"])
+    decision = _decide(registry, uri, flags)
+    registry.record_decision(uri, decision)
     if decision.passed:
         from mlflow_kdguard_cli import render
 
-        registry.promote(flags["model"], flags["alias"])
-        render.say(f"{flags['model']} is @{flags['alias']} now")
+        registry.promote(uri, flags["alias"])
+        render.say(f"{uri} is @{flags['alias']} now")
     return _answer(decision, flags)
 
 
-def _decide(flags: dict[str, Any]) -> "Decision":
+def _decide(registry: Any, uri: str, flags: dict[str, Any]) -> "Decision":
     from mlflow_kdguard.attest.signing import Verifier
     from mlflow_kdguard.flow.decision import judge
 
+    if flags["policy_file"] == "":  # an unset variable must not choose another policy
+        raise click.BadParameter("it is empty.", param_hint="--policy")
     return judge(
-        _registry(flags),
-        flags["model"],
+        registry,
+        uri,
         policy=options.chosen_policy(flags["policy_file"]),
         verifiers=tuple(Verifier.load(key) for key in flags["keys"]),
         now=datetime.now(UTC),

@@ -89,6 +89,8 @@ def import_teacher(**flags: Any) -> int:
     pickled one this prints the exact lines for its owner to run where it was trained; the pickle
     itself is never opened here (exit code 5).
     """
+    from shlex import quote
+
     from mlflow_kdguard.errors import UnsafeModelError, UsageError
     from mlflow_kdguard.nets import load
     from mlflow_kdguard_cli import render
@@ -105,7 +107,7 @@ def import_teacher(**flags: Any) -> int:
         return error.exit_code
     except UsageError:  # weights alone: readable, but not without an architecture
         arch = " --arch ARCH"
-    named = flags["model"]  # not the path, which for models:/… is gone in a moment
+    named = quote(flags["model"])  # not the path, which for models:/… is gone in a moment
     advice = f"kdguard teacher register NAME --weights {named}{arch} --data URI"
     render.say(f"{flags['model']} can be read without executing anything: {advice}")
     render.document({**body, "advice": advice}, flags["as_json"])
