@@ -52,8 +52,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     temporary: str | None = None
     try:
-        if path.is_char_device() or path.is_block_device() or path.is_fifo() or path.is_socket():
-            raise UsageError(f"cannot write {path}: it is not a plain file.", remedy="Name a file.")
+        _refuse_special(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(
             dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
@@ -100,6 +99,11 @@ def read_bytes(path: Path, *, what: str, at_most: int = LARGEST) -> bytes:
             f"{what} {path} has more than {at_most} bytes.", remedy="Name the file that was meant."
         )
     return data
+
+
+def _refuse_special(path: Path) -> None:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UsageError(f"cannot write {path}: it is no plain file.", remedy="Name a file.")
 
 
 def _read(file: BinaryIO, at_most: int) -> bytes:

@@ -44,7 +44,7 @@ def conversion_advice(path: Path) -> str:
 def remedy(where: str) -> str:
     """The same in one line, for an error message."""
     return (
-        f"Convert it where it is trusted: `kdguard teacher import {shlex.quote(where)}` prints the lines "
-        "(torch.load(..., weights_only=False) there, then save_file(net.state_dict(), "
+        f"Convert it where it is trusted: `kdguard teacher import {shlex.quote(where)}` prints the "
+        "lines (torch.load(..., weights_only=False) there, then save_file(net.state_dict(), "
         "'weights.safetensors') or torch.onnx.export)."
     )

@@ -137,14 +137,11 @@ def test_weights_of_another_normalisation_are_refused(tmp_path: Path) -> None:
 
 def test_a_hostile_name_is_no_command_where_the_advice_is_pasted() -> None:
     """A file's name is its sender's: neither a shell nor Python may take a part of it as code."""
-    name = "x'; evil(1)\n    evil(2) #; touch evil.pkl"
-    text = load.conversion_advice(Path(name))
-    lines = text.splitlines()
-    assert not [line for line in lines if line.strip().startswith("evil")]
-    script = "\n".join(
-        line[4:] for line in lines if line.startswith("    ") and "kdguard" not in line
-    )
-    compile(script, "advice", "exec")
-    command = shlex.split(text[text.index("kdguard teacher register") :])
+    text = load.conversion_advice(Path("x'; evil(1)\n    evil(2) #; touch evil.pkl"))
+    python, shell = text.split("Then register the result:")
+    assert not [line for line in python.splitlines() if line.strip().startswith("evil")]
+    lines = [line[4:] for line in python.splitlines() if line.startswith("    ")]
+    compile("\n".join(lines), "advice", "exec")
+    command = shlex.split(shell)
     assert command[:5] == ["kdguard", "teacher", "register", "NAME", "--weights"]
     assert len(command) == 6
