@@ -221,8 +221,7 @@ class GuardConfig(Section):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all values that can change a figure, not of where files and servers are:
-        what is in the files has digests of its own."""
+        """SHA-256 of what can change a figure, not of where files are: they have digests."""
         return digest_json(self.model_dump(mode="json", exclude=_PLACES))
 
 

@@ -1,5 +1,6 @@
 """The bodies of the pipeline's stages: what each reads, runs, writes and logs.
 
-`work` keeps the ledger and the MLflow runs, `making` holds the stages up to the exported student,
-`judging` those that look at the bytes that ship. `pipeline.py` puts them in order.
+`work` keeps the ledger and the MLflow runs, `given` reads images and teacher, `making` holds the
+stages up to the exported student, `judging` those that look at the bytes that ship. `pipeline.py`
+puts them in order.
 """

@@ -136,7 +136,7 @@ def _source(work: Work, shown: Images) -> tuple[Path, Architecture | None, str]:
         raise UsageError("no teacher is named.", remedy="Set teacher.model: a file or models:/….")
     path, origin = Path(section.model), section.model
     if section.model.startswith("models:/"):
-        origin = work.registry.resolved(section.model)
+        origin = work.registry.resolve(section.model)
         place = origin.removeprefix("models:/").replace("/", "-")
         path = work.registry.fetch(origin, work.folder / "source" / place)
     if section.arch is None:

@@ -194,11 +194,6 @@ class Registry:
                 write_bytes(folder / Path(path).name, found.files[path])
         return folder / Path(main).name
 
-    def resolved(self, uri: str) -> str:
-        """models:/name/version of what `uri` stands for now; RegistryError where it is nothing."""
-        version = self._versions.find(uri)
-        return f"models:/{version.name}/{version.version}"
-
     def has_version(self, uri: str) -> bool:
         """Whether a model version is there; RegistryError where MLflow does not answer."""
         try:
