@@ -253,7 +253,7 @@ def _verdict(outcome: "Outcome | None") -> _Verdict:
     from mlflow_kdguard_cli import render
 
     if outcome is None:
-        return _Verdict("not asked: a floor", "-")
+        return _Verdict("a floor", "-")
     share = render.rate(outcome.figures.faithful[0].within)
     if outcome.decision.passed:
         return _Verdict(f"promoted, @{outcome.alias}", share)
