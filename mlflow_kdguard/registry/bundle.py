@@ -16,6 +16,7 @@ from typing import Any
 import mlflow
 import numpy as np
 import onnx
+import yaml
 from mlflow.models import Model as MLmodel
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
@@ -101,6 +102,20 @@ def digests(files: Mapping[str, bytes]) -> dict[str, str]:
 def bundle_digest(files: Mapping[str, bytes]) -> str:
     """One SHA-256 for paths and bytes together."""
     return digest_json(digests(files))
+
+
+def without_mark(files: Mapping[str, bytes], name: str, version: str) -> dict[str, bytes]:
+    """The files without the note that MLflow's client leaves of this very version.
+
+    Loading a model from an artifact store on this machine writes it into the stored folder. Its
+    bytes follow from name and version, so that nothing can be hidden in it; a note that differs
+    by one byte stays, and is refused like every other additional file.
+    """
+    notes = {
+        yaml.safe_dump({"model_name": name, "model_version": number}, allow_unicode=True).encode()
+        for number in (version, int(version))
+    }
+    return {k: v for k, v in files.items() if not (k == ADDED_BY_CLIENT and v in notes)}
 
 
 def student_files(data: bytes) -> dict[str, bytes]:

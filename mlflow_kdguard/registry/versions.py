@@ -99,9 +99,10 @@ class Versions:
         """The bytes of a version or of a folder or file; nothing of it is executed or believed.
 
         No MLflow flavor is asked: MLmodel and a `code/` folder are files like any other. What
-        MLflow's client adds to folders that it downloads is left out; stored in a version, it
-        stays, so that a digest check sees it. Raises RegistryError, UsageError where the path
-        does not exist, ModelError past `limit` bytes, UnsafeModelError at links and odd names.
+        MLflow's client adds to folders that it loads from is left out where it is exactly that;
+        anything else stays, so that a digest check sees it. Raises RegistryError, UsageError
+        where the path does not exist, ModelError past `limit` bytes, UnsafeModelError at links
+        and odd names.
         """
         if not uri:
             raise UsageError("the model's name is empty.", remedy="Write models:/name/version.")
@@ -112,9 +113,10 @@ class Versions:
             source = self.connection.client.get_model_version_download_uri(
                 version.name, version.version
             )
+        files = bundle.without_mark(self._fetch(source, limit), version.name, str(version.version))
         return Bundle(
             uri=f"models:/{version.name}/{version.version}",
-            files=self._fetch(source, limit),
+            files=files,
             name=version.name,
             version=str(version.version),
             run_id=version.run_id or None,

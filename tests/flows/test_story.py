@@ -52,6 +52,7 @@ def test_the_guarded_student_does_not_and_is_promoted(story: dict[str, Any]) -> 
     assert guarded["alias"] == "champion"
 
 
+@pytest.mark.filterwarnings("ignore:.*Any type hint is inferred.*:UserWarning")
 def test_the_champion_serves_the_bytes_that_were_certified(
     story: dict[str, Any], place: Path, uri: str
 ) -> None:

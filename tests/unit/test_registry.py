@@ -36,6 +36,7 @@ from mlflow_kdguard.records import (
     Status,
 )
 from mlflow_kdguard.registry import RULES, Bundle, metrics_of
+from mlflow_kdguard.registry import bundle as stored
 from mlflow_kdguard.registry.bundle import read_folder, student_files, write
 from mlflow_kdguard.registry.client import without_password
 from mlflow_kdguard.registry.metrics import metric_name
@@ -318,3 +319,13 @@ def test_the_file_to_read_is_the_one_there_is() -> None:
 )
 def test_no_secret_of_an_address_is_shown(uri: str, shown: str) -> None:
     assert without_password(uri) == shown
+
+
+def test_only_the_clients_own_note_is_left_out() -> None:
+    """Loading from a local store leaves a note in the stored folder; its bytes are determined."""
+    model = {"model.onnx": b"x"}
+    note = b"model_name: kd\nmodel_version: 1\n"
+    assert stored.without_mark({**model, "registered_model_meta": note}, "kd", "1") == model
+    for other in (note + b"#", note.replace(b"1", b"2"), b"code: evil\n", b""):
+        files = {**model, "registered_model_meta": other}
+        assert stored.without_mark(files, "kd", "1") == files
