@@ -77,12 +77,15 @@ def check(
     now: datetime,
     model_name: str | None = None,
     registry: str | None = None,
+    waive_expiry: bool = False,
 ) -> Checked:
     """Believe a certificate, or raise CertificateError with the reason.
 
     `files` are all files of the bundle by path (None checks the statement alone), `verifiers` the
     keys that are trusted, `now` an aware time. `model_name` and `registry`, where given, must be
     those that the certificate was issued for. Every signature must be valid and by a trusted key.
+    `waive_expiry` believes a certificate that has expired, for what serves already; the validity
+    and compromise of keys are never waived.
     Two records of one key that differ are a UsageError.
     """
     opened = Envelope.from_bytes(envelope)
@@ -92,7 +95,7 @@ def check(
         _refuse_objection(verifier, certificate, now)
     signers = tuple(verifier.signatory for verifier in signed_by)
     _refuse_hearsay(certificate, signers)
-    _check_validity(certificate, now)
+    _check_validity(certificate, now, waive_expiry=waive_expiry)
     _check_binding("model", certificate.model_name, model_name)
     _check_binding("registry", certificate.registry, registry)
     if files is not None:
@@ -155,10 +158,10 @@ def _refuse_hearsay(certificate: Certificate, signers: Sequence[Signatory]) -> N
         )
 
 
-def _check_validity(certificate: Certificate, now: datetime) -> None:
+def _check_validity(certificate: Certificate, now: datetime, *, waive_expiry: bool) -> None:
     if now < parse_time(certificate.issued):
         raise CertificateError(f"the certificate is not valid before {certificate.issued}.")
-    if now >= parse_time(certificate.expires):
+    if now >= parse_time(certificate.expires) and not waive_expiry:
         raise CertificateError(
             f"the certificate expired at {certificate.expires}.",
             remedy="Measure and sign again: `kdguard attest` or `kdguard verify`.",

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,11 +10,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from mlflow_kdguard import devices
+from mlflow_kdguard.devices import Placed
 from mlflow_kdguard.errors import DeviceError, ModelError, NonFiniteError, UnsafeModelError
 from mlflow_kdguard.files import sha256
-
-if TYPE_CHECKING:
-    from torch import device as Device
 
 Floats = NDArray[np.float32]
 
@@ -33,7 +31,7 @@ class Session:
     would silently run on the CPU.
     """
 
-    def __init__(self, data: bytes, *, device: "Device", where: str, threads: int = 0) -> None:
+    def __init__(self, data: bytes, *, device: Placed, where: str, threads: int = 0) -> None:
         self.where = where
         self.sha256 = sha256(data)
         _refuse_outside(data, where)
@@ -148,7 +146,7 @@ def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
                 yield from (sparse.values, sparse.indices)
 
 
-def _open(data: bytes, device: "Device", where: str, threads: int) -> ort.InferenceSession:
+def _open(data: bytes, device: Placed, where: str, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = _SILENT
     # An explicit count keeps onnxruntime from pinning threads to cores that it may not use.
@@ -164,7 +162,7 @@ def _open(data: bytes, device: "Device", where: str, threads: int) -> ort.Infere
         ) from error
 
 
-def _refuse_fallback(provider: str, device: "Device") -> None:
+def _refuse_fallback(provider: str, device: Placed) -> None:
     if device.type == "cuda" and not provider.startswith("CUDA"):
         raise DeviceError(
             f"onnxruntime cannot use {device}: it would run on {provider}.",

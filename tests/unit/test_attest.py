@@ -291,6 +291,9 @@ def test_time() -> None:
         check(now=issued - timedelta(seconds=1))
     with pytest.raises(CertificateError, match="expired at"):
         check(now=expires)
+    check(now=expires, waive_expiry=True)
+    with pytest.raises(CertificateError, match="not valid before"):
+        check(now=issued - timedelta(seconds=1), waive_expiry=True)
 
 
 def test_a_certificate_is_for_one_model_of_one_registry() -> None:
