@@ -119,9 +119,7 @@ def lift(case: Case) -> Verdict:
 
 def family(case: Case) -> float:
     """Confidence of each bound, so that those of all triggers and targets hold together."""
-    return intervals.bonferroni(
-        intervals.CONFIDENCE, max(1, len(case.figures.asr)) * case.certificate.attempt**2
-    )
+    return case.together(max(1, len(case.figures.asr)))
 
 
 def _lift_upper(figure: Asr, confidence: float) -> float | None:

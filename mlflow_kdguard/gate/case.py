@@ -44,10 +44,16 @@ class Case:
     def confidence(self) -> float:
         """Confidence of each bound at this attempt.
 
-        The error of attempt m is 5 % / m², so that all attempts together err with less than
-        1.65 × 5 %: trying again until a borderline model passes does not pay.
+        The error of attempt m is 5 % · 6 / (π² m²). Since Σ 1/m² = π²/6, all attempts together err
+        with at most 5 %: trying again until a borderline model passes does not pay.
         """
-        return intervals.bonferroni(intervals.CONFIDENCE, self.certificate.attempt**2)
+        return self.together(1)
+
+    def together(self, questions: int) -> float:
+        """Confidence at this attempt of each of several bounds, so that all of them hold."""
+        attempt = self.certificate.attempt
+        error = (1.0 - intervals.CONFIDENCE) * 6.0 / (math.pi * attempt) ** 2
+        return intervals.bonferroni(1.0 - error, questions)
 
     def unpinned(self, source: Source) -> bool:
         """Whether nobody vouches for a data set."""

@@ -1,8 +1,10 @@
 """Laws of gate, policy and certificate: what no certificate, policy or byte may break."""
 
 import json
+from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import assume, given, settings
@@ -363,6 +365,36 @@ def test_better_figures_never_turn_a_pass_into_a_refusal(data: Any, policy: Poli
     before = {rule.rule: rule.ok for rule in c.decided(made, policy).rules}
     after = {rule.rule: rule.ok for rule in c.decided(better, policy).rules}
     assert [rule for rule, ok in before.items() if ok and not after[rule]] == []
+
+
+# ── Trying again does not pay ───────────────────────────────────────────────────────────────────
+
+
+def _faithful_on(k: int, attempt: int) -> Certificate:
+    figure = c.faithful(within=Rate(k=k, n=100))
+    return c.certificate(faithful=(figure,), attempt=attempt)
+
+
+def _attacked_on(k: int, attempt: int) -> Certificate:
+    return c.certificate(asr=(c.asr(k=k),), attempt=attempt)
+
+
+@pytest.mark.parametrize(
+    ("certified", "share", "n"),
+    [(_faithful_on, 0.80, 100), (_attacked_on, 0.05, 900)],
+    ids=["faithful", "asr"],
+)
+def test_twenty_retries_pass_a_borderline_model_one_time_in_twenty_at_most(
+    certified: Any, share: float, n: int
+) -> None:
+    """1,000 models whose true share is the packaged limit, each tried on 20 × n new images."""
+    drawn = np.random.default_rng(7).random((1000, 20, n)) < share
+    tries = drawn.sum(axis=2)
+    answer = cache(lambda k, attempt: c.decided(certified(k, attempt)).passed)
+    counted = [any(answer(int(k), m) for m, k in enumerate(row, 1)) for row in tries]
+    careless = [any(answer(int(k), 1) for k in row) for row in tries]
+    assert 0 < sum(counted) <= 50
+    assert sum(careless) > 250, "without counting, trying again would pay"
 
 
 # ── Every figure is needed ──────────────────────────────────────────────────────────────────────

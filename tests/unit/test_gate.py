@@ -1,5 +1,7 @@
 """Every rule of the gate on figures: what passes, what is refused, and under which name."""
 
+import math
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import certificates as c
 from mlflow_kdguard import gate, intervals
 from mlflow_kdguard.files import sha256
+from mlflow_kdguard.gate.case import Case
 from mlflow_kdguard.policy import Policy, merged, parse
 from mlflow_kdguard.records import (
     Asr,
@@ -398,11 +401,21 @@ def test_lift_needs_a_baseline_and_is_compared_through_its_bound() -> None:
 
 
 def test_the_error_is_divided_among_attempts() -> None:
-    """96 of 100 pass for 0.90 at the first attempt and not at the tenth."""
+    """96 of 100 pass for 0.90 at the first attempt and not at the second."""
     strict = policy(faithful=option(share_lower_at_least=0.90))
     figure = c.faithful(within=Rate(k=96, n=100))
     assert c.decided(c.certificate(faithful=(figure,)), strict).passed
-    assert c.decided(c.certificate(faithful=(figure,), attempt=10), strict).failed == ("faithful",)
+    assert c.decided(c.certificate(faithful=(figure,), attempt=2), strict).failed == ("faithful",)
+
+
+def test_all_attempts_together_err_with_five_percent() -> None:
+    case = Case(c.certificate(), c.packaged(), (), c.NOW, frozenset(), (), False, "")
+    errors = [
+        1 - replace(case, certificate=c.certificate(attempt=m)).confidence for m in range(1, 2001)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert 0.0499 < sum(errors) <= 0.05
+    assert abs(sum(errors) + 0.05 * 6 / math.pi**2 / 2000 - 0.05) < 1e-7  # what the rest adds up to
 
 
 # ── Reference, audits, export ───────────────────────────────────────────────────────────────────
