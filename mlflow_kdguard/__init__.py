@@ -13,9 +13,10 @@ _PUBLIC = {
     "GuardConfig": "mlflow_kdguard.config",
     "KDGuardError": "mlflow_kdguard.errors",
     "guard": "mlflow_kdguard.pipeline",
+    "load_verified": "mlflow_kdguard.promoted.verified",
 }
 
-__all__ = ["GuardConfig", "KDGuardError", "__version__", "guard"]
+__all__ = ["GuardConfig", "KDGuardError", "__version__", "guard", "load_verified"]
 
 
 def __getattr__(name: str) -> Any:

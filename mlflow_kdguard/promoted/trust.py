@@ -1,0 +1,142 @@
+"""Whom a consumer believes: trusted keys, and what was taken back since they were handed out."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated
+
+from pydantic import Field, ValidationError, field_validator
+
+from mlflow_kdguard import plain_yaml
+from mlflow_kdguard.attest.envelope import Envelope
+from mlflow_kdguard.attest.signing import Verifier
+from mlflow_kdguard.config import explain
+from mlflow_kdguard.errors import UsageError
+from mlflow_kdguard.files import read_bytes, sha256
+from mlflow_kdguard.records import Record, format_time, parse_time
+
+KEYS, REVOKED = "KDGUARD_KEYS", "KDGUARD_REVOKED"
+"""Environment variables: key records or folders of them (separated as in PATH), and one file."""
+
+Key = str | Path | Verifier
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Revoked(Record):
+    """What was taken back: certificates by the SHA-256 of their envelope or of its payload, and
+    keys by their id, each with the time from which it may have been known to others."""
+
+    certificates: tuple[Digest, ...] = ()
+    keys: dict[Digest, str] = Field(default_factory=dict)
+
+    @field_validator("keys", mode="before")
+    @classmethod
+    def _as_text(cls, keys: object) -> object:
+        """YAML reads an unquoted moment as one."""
+        if not isinstance(keys, Mapping):
+            return keys
+        return {k: v.isoformat() if isinstance(v, datetime) else v for k, v in keys.items()}
+
+    @field_validator("keys")
+    @classmethod
+    def _moments(cls, keys: dict[str, str]) -> dict[str, str]:
+        return {key: format_time(parse_time(text)) for key, text in keys.items()}
+
+    @staticmethod
+    def load(path: Path) -> "Revoked":
+        """Read `{certificates: […], keys: {ID: TIME}}`; UsageError says what is wrong with it."""
+        try:
+            values = plain_yaml.parse(read_bytes(path, what="the list of revocations"))
+            return Revoked.model_validate({} if values is None else values)
+        except ValidationError as error:
+            raise UsageError(f"{path}: {explain(error)}") from error
+        except ValueError as error:
+            raise UsageError(f"{path} is no list of revocations: {error}.") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """Keys that are believed, each with the earliest time at which it was called compromised."""
+
+    verifiers: tuple[Verifier, ...]
+    certificates: frozenset[str] = field(default_factory=frozenset)
+    compromised: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    @staticmethod
+    def of(keys: Iterable[Verifier], revoked: Revoked | None = None) -> "Trust":
+        """Trust in `keys`, less what was revoked."""
+        taken = revoked or Revoked()
+        verifiers = tuple(_since(key, taken.keys.get(key.key_id)) for key in keys)
+        times = {v.key_id: v.record.compromised for v in verifiers if v.record.compromised}
+        return Trust(verifiers, frozenset(taken.certificates), MappingProxyType(times))
+
+    def revocation(self, envelope: bytes, now: datetime) -> str | None:
+        """Why the certificate in `envelope` was taken back by `now`; None where it was not.
+
+        Raises CertificateError where the envelope cannot be read.
+        """
+        opened = Envelope.from_bytes(envelope)
+        digests = {sha256(envelope), sha256(opened.payload)}
+        if digests & self.certificates:
+            return f"the certificate {sha256(envelope)[:16]}… is revoked"
+        for signature in opened.signatures:
+            since = self.compromised.get(signature.key)
+            if since is not None and parse_time(since) <= now:
+                return f"the key {signature.key[:16]}… that signed it is compromised since {since}"
+        return None
+
+
+def trusted(
+    keys: Key | Iterable[Key] | None = None, revoked: str | Path | Revoked | None = None
+) -> Trust:
+    """Trust in `keys`: records (.pub), folders of them, or Verifiers; else what KDGUARD_KEYS names.
+
+    `revoked` is a list of revocations or its file; else what KDGUARD_REVOKED names. Raises
+    UsageError where no key is named, or where a file is missing or is not what it should be: an
+    unreadable list of revocations revokes everything.
+    """
+    named = _listed(keys)
+    if not named:
+        raise UsageError(
+            "no trusted key is named, so that no certificate means anything.",
+            remedy=f"Name the .pub records whose owners you trust (keys=…, --key, or {KEYS}).",
+        )
+    once = {v.to_bytes(): v for key in named for v in _verifiers(key)}
+    return Trust.of(once.values(), _revoked(revoked))
+
+
+def _listed(keys: Key | Iterable[Key] | None) -> list[Key]:
+    if keys is None:
+        stated = os.environ.get(KEYS, "")
+        return [part for part in stated.split(os.pathsep) if part]
+    return [keys] if isinstance(keys, str | Path | Verifier) else list(keys)
+
+
+def _verifiers(key: Key) -> Iterator[Verifier]:
+    if isinstance(key, Verifier):
+        yield key
+        return
+    path = Path(key)
+    files = sorted(path.glob("*.pub")) if path.is_dir() else [path]
+    if not files:
+        raise UsageError(f"the folder {path} holds no key record (*.pub).")
+    yield from map(Verifier.load, files)
+
+
+def _revoked(given: str | Path | Revoked | None) -> Revoked | None:
+    if isinstance(given, Revoked):
+        return given
+    path = given if given is not None else os.environ.get(REVOKED)
+    return Revoked.load(Path(path)) if path else None
+
+
+def _since(verifier: Verifier, since: str | None) -> Verifier:
+    """The key with its compromise at `since`, where nobody has put it earlier."""
+    known = verifier.record.compromised
+    if since is None or (known is not None and parse_time(known) <= parse_time(since)):
+        return verifier
+    record = verifier.record.model_copy(update={"compromised": since})
+    return Verifier(record, verifier.public)
