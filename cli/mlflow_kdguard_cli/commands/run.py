@@ -92,10 +92,9 @@ def run(**flags: Any) -> int:
 def demo(out: Path, overrides: tuple[str, ...], as_json: bool) -> int:
     """The whole story on embedded data, in a few minutes.
 
-    Real handwritten digits, MLflow on sqlite, a few minutes. A teacher with a backdoor is made;
-    a student distilled naively from it is refused by the gate, a guarded one is promoted, and
-    both are held against the students of a clean teacher and of no teacher. Afterwards, `mlflow
-    ui` shows every run.
+    Real handwritten digits, MLflow on sqlite. A teacher with a backdoor is made; a student
+    distilled naively from it is refused by the gate, a guarded one is promoted, and both are held
+    against the students of a clean teacher and of no teacher. `mlflow ui` shows every run.
     """
     from importlib.resources import files
 
@@ -105,13 +104,14 @@ def demo(out: Path, overrides: tuple[str, ...], as_json: bool) -> int:
 
     place = out.resolve()
     store = f"sqlite:///{place / 'mlflow.db'}"
-    own = {"run.work_dir": str(place), "registry.tracking_uri": store}
+    own = {f"registry.{name}": store for name in ("tracking_uri", "registry_uri")}
     packaged = Path(str(files("mlflow_kdguard") / "demo.yaml"))
-    config = load(packaged, overrides, {**own, "registry.registry_uri": store})
+    config = load(packaged, overrides, {**own, "run.work_dir": str(place)})
+    grant = _grant({}, config)
     with render.progress() as progress:
-        story = tell(config, _grant({}, config), progress=progress)
+        story = tell(config, grant, progress=progress)
     code = _finish(story, as_json)
-    render.say(_serves(story, config))
+    render.say(_serves(story, config, grant.signer.verifier))
     render.say(_afterwards(story, config, place))
     return code
 
@@ -260,18 +260,19 @@ def _verdict(outcome: "Outcome | None") -> _Verdict:
     return _Verdict(f"REFUSED: {', '.join(outcome.decision.failed)}", share)
 
 
-def _serves(story: "Story", config: "GuardConfig") -> str:
+def _serves(story: "Story", config: "GuardConfig", key: Any) -> str:
     """Load the promoted student as a consumer would, and classify real images with it."""
-    from mlflow_kdguard.data import load
-    from mlflow_kdguard.registry.consumer import predict
+    from mlflow_kdguard import data, load_verified
 
     guarded = story.row("guarded").outcome
     if guarded is None or guarded.alias is None:
         return "the guarded student was not promoted: there is nothing to serve"
     uri = f"models:/{config.registry.model_name}@{guarded.alias}"
-    x, y = load(config.data.test).batch(range(100))
-    right = int((predict(config.registry, uri, x).argmax(axis=1) == y).sum())
-    return f"{uri} serves: mlflow.pyfunc.load_model classifies {right} of 100 test images right"
+    x, y = data.load(config.data.test).batch(range(100))
+    at = config.registry
+    model = load_verified(uri, keys=key, tracking_uri=at.tracking_uri, registry_uri=at.registry_uri)
+    right = int((model.predict(x).argmax(axis=1) == y).sum())
+    return f"{uri} serves: load_verified classifies {right} of 100 test images right"
 
 
 def _afterwards(story: "Story", config: "GuardConfig", place: Path) -> str:
