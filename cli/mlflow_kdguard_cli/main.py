@@ -20,7 +20,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("making:export", "Export a network to ONNX and compare before believing it."),
     "measure": ("judging:measure", "Accuracy and attack success rates on the ONNX bytes."),
     "certify": ("judging:certify", "Bounds on the confidence gap between reference and student."),
-    "keygen": ("attest:keygen", "Make a signing key with an owner and a role."),
+    "keygen": ("keys:keygen", "Make a signing key with an owner and a role."),
+    "key": ("keys:key", "End a key: retire it, or declare it compromised."),
     "attest": ("attest:attest", "Sign a certificate for a model file."),
     "check": (
         "attest:check",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from mlflow_kdguard.attest.envelope import Envelope, Signature
+from mlflow_kdguard.attest.revocation import Revocations, certificate_digest, compromise, retire
 from mlflow_kdguard.attest.signing import KeyRecord, Signer, Verifier, keygen, signer_of
 from mlflow_kdguard.attest.statement import from_payload, to_payload
 from mlflow_kdguard.errors import CertificateError, UsageError
@@ -19,12 +20,17 @@ from mlflow_kdguard.records import Certificate, Signatory, Subject, parse_time
 __all__ = [
     "Checked",
     "KeyRecord",
+    "Revocations",
     "Signer",
     "Verifier",
+    "certificate_digest",
     "check",
+    "claimed",
+    "compromise",
     "cosign",
     "issue",
     "keygen",
+    "retire",
     "signer_of",
     "subjects_of",
 ]
@@ -69,6 +75,14 @@ def cosign(envelope: bytes, signer: Signer) -> bytes:
     return _with_signature(opened, signer).to_bytes()
 
 
+def claimed(envelope: bytes) -> Certificate:
+    """What an envelope claims, believed by nobody: no signature, time or file is checked.
+
+    Raises CertificateError where it is no certificate.
+    """
+    return from_payload(Envelope.from_bytes(envelope).payload)
+
+
 def check(
     envelope: bytes,
     *,
@@ -77,6 +91,7 @@ def check(
     now: datetime,
     model_name: str | None = None,
     registry: str | None = None,
+    revoked: Revocations | None = None,
     waive_expiry: bool = False,
 ) -> Checked:
     """Believe a certificate, or raise CertificateError with the reason.
@@ -84,8 +99,9 @@ def check(
     `files` are all files of the bundle by path (None checks the statement alone), `verifiers` the
     keys that are trusted, `now` an aware time. `model_name` and `registry`, where given, must be
     those that the certificate was issued for. Every signature must be valid and by a trusted key.
-    `waive_expiry` believes a certificate that has expired, for what serves already; the validity
-    and compromise of keys are never waived.
+    `revoked` is the checker's list of what is taken back. `waive_expiry` believes a certificate
+    that has expired, for what serves already; the validity and compromise of keys and revocations
+    are never waived.
     Two records of one key that differ are a UsageError.
     """
     opened = Envelope.from_bytes(envelope)
@@ -93,6 +109,8 @@ def check(
     certificate = from_payload(opened.payload)
     for verifier in signed_by:
         _refuse_objection(verifier, certificate, now)
+    if revoked is not None:
+        revoked.refuse(envelope, signed_by, now)
     signers = tuple(verifier.signatory for verifier in signed_by)
     _refuse_hearsay(certificate, signers)
     _check_validity(certificate, now, waive_expiry=waive_expiry)

@@ -1,4 +1,4 @@
-"""`kdguard keygen`, `attest` and `check`: who states what about which bytes."""
+"""`kdguard attest` and `check`: who states what about which bytes."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -8,42 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlflow_kdguard_cli import options
+from mlflow_kdguard_cli.commands.keys import LONGEST
 
 if TYPE_CHECKING:
     from mlflow_kdguard.attest import Checked
     from mlflow_kdguard.records import Certificate, Figures
 
 FILE = click.Path(path_type=Path)
-_LONGEST = 36_500  # days; a policy asks for no more
-
-
-@click.command()
-@click.argument("path", type=FILE)
-@click.option("--owner", required=True, help="Whose key this is.")
-@click.option(
-    "--role",
-    type=click.Choice(["builder", "verifier"]),
-    default="builder",
-    show_default=True,
-    help="Only a verifier may sign `recomputed` figures.",
-)
-@click.option("--days", type=click.IntRange(min=1, max=_LONGEST), help="Validity; default: no end.")
-@options.as_json
-def keygen(path: Path, owner: str, role: Any, days: int | None, as_json: bool) -> None:
-    """Make a signing key with an owner and a role.
-
-    Make a signing key PATH (private, mode 0600) and its public record PATH.pub.
-
-    Hand the .pub file to whoever checks. Nothing is ever overwritten.
-    """
-    from mlflow_kdguard.attest import signing
-    from mlflow_kdguard_cli import render
-
-    now = datetime.now(UTC)
-    until = None if days is None else now + timedelta(days=days)
-    signer = signing.keygen(path, owner=owner, role=role, now=now, valid_until=until)
-    render.say(f"private key {path}, public record {signing.public_path(path)}")
-    render.document(signer.verifier.record.document(), as_json)
 
 
 @click.command()
@@ -240,8 +211,8 @@ def _filled(text: str, option: str) -> str:
 
 
 def _validity(days: float) -> timedelta:
-    if not 0 < days <= _LONGEST:  # NaN, too
-        raise click.BadParameter(f"not between 0 and {_LONGEST} days.", param_hint="--days")
+    if not 0 < days <= LONGEST:  # NaN, too
+        raise click.BadParameter(f"not between 0 and {LONGEST} days.", param_hint="--days")
     return timedelta(days=days)
 
 

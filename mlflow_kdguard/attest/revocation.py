@@ -1,0 +1,110 @@
+"""Certificates and keys that are taken back, and key records that end.
+
+A revocation is the checker's own list: it needs nobody's signature, and nothing that a certificate
+says can undo it. A key record can only be tightened here: ended earlier, or declared compromised
+since an earlier moment.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AwareDatetime, Field, ValidationError
+
+from mlflow_kdguard import plain_yaml
+from mlflow_kdguard.attest.envelope import Envelope
+from mlflow_kdguard.attest.signing import KeyRecord, Verifier
+from mlflow_kdguard.config import explain
+from mlflow_kdguard.errors import CertificateError, ConfigError, UsageError
+from mlflow_kdguard.files import read_bytes, sha256, write_bytes
+from mlflow_kdguard.records import Record, format_time, parse_time
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Revocations(Record):
+    """What is taken back: `certificates` by digest, `keys` (by id) since a moment, with a zone.
+
+    A certificate goes by `certificate_digest`, that of what is signed, which stays the same
+    whoever signs beside or is cut away; the digest of one envelope is understood as well.
+    """
+
+    certificates: tuple[Digest, ...] = ()
+    keys: dict[Digest, AwareDatetime] = Field(default_factory=dict)
+
+    @staticmethod
+    def load(path: Path) -> "Revocations":
+        """Read a list in YAML. Raises UsageError or ConfigError where it cannot be understood."""
+        try:
+            values = plain_yaml.parse(read_bytes(path, what="the list of revocations"))
+            return Revocations.model_validate({} if values is None else values)
+        except ValidationError as error:
+            raise ConfigError(f"{path}: {explain(error)}") from error
+        except ValueError as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}.") from error
+
+    def refuse(self, envelope: bytes, signed_by: Sequence[Verifier], now: datetime) -> None:
+        """CertificateError where the certificate, or a key that signed it, is taken back."""
+        known = {sha256(envelope), certificate_digest(envelope)}.intersection(self.certificates)
+        if known:
+            raise CertificateError(
+                f"the certificate is revoked ({min(known)}).",
+                remedy="Have it measured and signed again: `kdguard verify`.",
+            )
+        for verifier in signed_by:
+            since = self.keys.get(verifier.key_id)
+            if since is not None and since <= now:
+                raise CertificateError(
+                    f"the key {verifier.key_id[:16]}… of {verifier.record.owner} is revoked as "
+                    f"compromised since {format_time(since)}.",
+                    remedy="Sign with a key that is valid.",
+                )
+
+
+def certificate_digest(envelope: bytes) -> str:
+    """SHA-256 of the statement that an envelope's signatures cover, whoever signed it.
+
+    Raises CertificateError where the bytes are no envelope.
+    """
+    return sha256(Envelope.from_bytes(envelope).payload)
+
+
+def retire(path: Path, *, at: datetime) -> Verifier:
+    """End the key of the record `path` (.pub): nothing that it signs after `at` counts.
+
+    What it signed until then stays valid. Raises UsageError where `at` is before the key's
+    validity, or later than the end that the record has.
+    """
+    verifier = Verifier.load(path)
+    record = verifier.record
+    if at < parse_time(record.valid_from):
+        raise UsageError(f"the key is valid from {record.valid_from}, after {format_time(at)}.")
+    _refuse_later(record.valid_until, at, "ends")
+    return _rewritten(path, verifier, record.model_copy(update={"valid_until": format_time(at)}))
+
+
+def compromise(path: Path, *, at: datetime) -> Verifier:
+    """State in the record `path` (.pub) that others may have known the key since `at`.
+
+    From then on nothing that it ever signed counts: whoever holds it can write any date. Raises
+    UsageError where the record names an earlier moment already.
+    """
+    verifier = Verifier.load(path)
+    record = verifier.record
+    _refuse_later(record.compromised, at, "is compromised")
+    return _rewritten(path, verifier, record.model_copy(update={"compromised": format_time(at)}))
+
+
+def _refuse_later(stated: str | None, at: datetime, what: str) -> None:
+    if stated is not None and parse_time(stated) < at:
+        raise UsageError(
+            f"the key {what} at {stated} already, before {format_time(at)}.",
+            remedy="A record is only ever tightened.",
+        )
+
+
+def _rewritten(path: Path, verifier: Verifier, record: KeyRecord) -> Verifier:
+    changed = Verifier(record, verifier.public)
+    write_bytes(path, changed.to_bytes())
+    return changed
