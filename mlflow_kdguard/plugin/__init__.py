@@ -1,0 +1,1 @@
+"""What MLflow loads: store, app, backend and evaluator. Importing this brings in nothing."""

@@ -1,0 +1,196 @@
+"""verify(): whether a log is still what was written, and all of it.
+
+Three questions: does every entry follow from the one before it; is the end signed by a key that
+is trusted; and is every head that was ever published still there. The first finds changes in the
+middle, the second a chain that was written anew, the third one whose end was cut.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+from sqlalchemy import RowMapping, func, select
+from sqlalchemy.exc import DBAPIError
+
+from mlflow_kdguard.attest.signing import Verifier
+from mlflow_kdguard.errors import CertificateError
+from mlflow_kdguard.files import canonical_json, read_bytes, sha256
+from mlflow_kdguard.plugin.log import tables
+from mlflow_kdguard.plugin.log.crosscheck import Companions
+from mlflow_kdguard.plugin.log.entries import entries, read_head
+from mlflow_kdguard.plugin.log.heads import Head, genesis
+from mlflow_kdguard.plugin.log.tables import Database
+from mlflow_kdguard.records import Record
+
+_MOST = 100
+"""Problems that a report lists; an edit early in the log may cause any number."""
+
+
+class LogReport(Record):
+    """What verify() found (`kdguard.log/1`).
+
+    `entries` counts the rows that were read, `published` the heads of the file that were compared.
+    `problems` is empty exactly if the log holds; `notes` say what could not be, or needs no action.
+    """
+
+    schema_: Literal["kdguard.log/1"] = Field("kdguard.log/1", alias="schema")
+    ok: bool
+    entries: int
+    published: int
+    head: Head | None
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def verify(connection: Database, *, verifiers: Sequence[Verifier], heads: Path | None) -> LogReport:
+    """Check the whole log against itself, its signature and the published heads.
+
+    `verifiers` are the keys that may have signed heads (old ones, too); with none, signatures are
+    not checked, and a note says so. `heads` is the file that publish() writes; without it a cut
+    tail cannot show. It may run while the server works. Raises RegistryError where there is no log
+    to check, UsageError where the file of heads cannot be read.
+    """
+    found = _Findings()
+    published = [] if heads is None else list(_published(heads, verifiers, found))
+    companions = Companions(connection)
+    head = _head(connection, found)
+    if head is None:
+        return found.report(0, len(published), None)
+    digests = {line.seq: line for line in published}
+    count = _follow(connection, head, digests, companions, found)
+    found.problems.extend(companions.problems(connection))
+    _check_end(connection, head, verifiers, found)
+    _check_published(head, published, found)
+    if heads is None:
+        found.notes.append("no published heads were compared: a cut tail would not show")
+    elif not published:
+        found.notes.append(f"{heads} holds no head: a cut tail would not show")
+    if not verifiers:
+        found.notes.append("no key was named: signatures were not checked")
+    return found.report(count, len(published), head)
+
+
+def digest_of(row: RowMapping) -> str | None:
+    """The digest that an entry must have; None where it holds what no entry holds."""
+    stated = {key: row[key] for key in row if key != "digest"}
+    if not all(isinstance(value, str) for key, value in stated.items() if key != "seq"):
+        return None
+    try:
+        return sha256(canonical_json(stated))
+    except ValueError:
+        return None
+
+
+class _Findings:
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+
+    def report(self, count: int, published: int, head: Head | None) -> LogReport:
+        listed = self.problems[:_MOST]
+        if len(self.problems) > _MOST:
+            listed.append(f"… and {len(self.problems) - _MOST} more")
+        return LogReport(
+            ok=not self.problems,
+            entries=count,
+            published=published,
+            head=head,
+            problems=tuple(listed),
+            notes=tuple(self.notes),
+        )
+
+
+def _published(path: Path, verifiers: Sequence[Verifier], found: _Findings) -> Iterator[Head]:
+    if not path.exists() or not path.stat().st_size:
+        return
+    for number, line in enumerate(read_bytes(path, what="the published heads").split(b"\n"), 1):
+        if not line:
+            continue
+        if not line.endswith(b"}"):  # a crash while it was written; publish() went on below
+            found.notes.append(f"{path}, line {number} is torn: it proves nothing")
+            continue
+        try:
+            head = Head.from_line(line)
+        except CertificateError as error:
+            found.problems.append(f"{path}, line {number}: {error.message}")
+            continue
+        objection = head.objection(verifiers) if verifiers else None
+        if objection is not None:
+            found.problems.append(
+                f"{path}, line {number}: the head of entry {head.seq} {objection}"
+            )
+        else:
+            yield head
+
+
+def _head(connection: Database, found: _Findings) -> Head | None:
+    head = read_head(connection)
+    if head is None:
+        found.problems.append("the log does not have exactly one head, as we write it")
+    return head
+
+
+def _follow(
+    connection: Database,
+    head: Head,
+    published: dict[int, Head],
+    companions: Companions,
+    found: _Findings,
+) -> int:
+    previous, count, expected = genesis(head.log), 0, 1
+    try:
+        for row in entries(connection, until=head.seq):
+            count += 1
+            if row["seq"] != expected:
+                found.problems.append(f"entries {expected} to {row['seq'] - 1} are missing")
+            _check_row(row, previous, published, found)
+            companions.hear(row)
+            previous, expected = row["digest"], row["seq"] + 1
+    except DBAPIError as error:
+        found.problems.append(f"the entries after {expected - 1} cannot be read: {error.orig}")
+        return count
+    if expected != head.seq + 1:
+        found.problems.append(f"entries {expected} to {head.seq} are missing")
+    elif previous != head.digest:
+        found.problems.append(f"the head names another digest than that of entry {head.seq}")
+    return count
+
+
+def _check_row(
+    row: RowMapping, previous: Any, published: dict[int, Head], found: _Findings
+) -> None:
+    seq = row["seq"]
+    if row["previous"] != previous:
+        found.problems.append(f"entry {seq} does not follow from the one before it")
+    if row["digest"] != digest_of(row):
+        found.problems.append(f"entry {seq} was changed: its digest is another")
+    if seq in published and published[seq].digest != row["digest"]:
+        found.problems.append(f"entry {seq} is another one than the head published for it names")
+
+
+def _check_end(
+    connection: Database, head: Head, verifiers: Sequence[Verifier], found: _Findings
+) -> None:
+    if head.seq and verifiers and (objection := head.objection(verifiers)):
+        found.problems.append(f"the head {objection}")
+    # In this order: what is written meanwhile moves the head along with the last entry.
+    last = connection.execute(select(func.max(tables.log.c.seq))).scalar() or 0
+    now = read_head(connection)
+    if now is None or last > now.seq:
+        found.problems.append(f"the head ends before entry {last}, which is in the table")
+
+
+def _check_published(head: Head, published: Sequence[Head], found: _Findings) -> None:
+    others = sorted({line.log for line in published if line.log != head.log})
+    if others:
+        found.problems.append(
+            f"heads of another log ({', '.join(others)}) were published: this one ({head.log}) "
+            "has taken its place"
+        )
+    ours = [line for line in published if line.log == head.log]
+    last = max((line.seq for line in ours), default=0)
+    if last > head.seq:
+        found.problems.append(
+            f"the tail is cut: entry {last} was published, and the log ends with {head.seq}"
+        )

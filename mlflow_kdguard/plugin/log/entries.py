@@ -1,0 +1,188 @@
+"""append(): one entry, chained to the one before it, inside of the caller's transaction.
+
+Every writer takes the head row's write lock with its first statement, so that entries are numbered
+in the order in which they are committed, and an entry exists exactly if what it speaks of does.
+
+Lock order: the head first, then anything else. A transaction that locked an alias first, and then
+waited for the head, could wait for one that holds the head and wants the alias. On SQLite it also
+means that the transaction begins with a write: one that had read first could not wait for another
+writer, and would fail with SQLITE_BUSY at once.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+from sqlalchemy import RowMapping, insert, select, update
+
+from mlflow_kdguard.attest.signing import Signer, Verifier
+from mlflow_kdguard.errors import RegistryError
+from mlflow_kdguard.files import digest_json, sha256
+from mlflow_kdguard.plugin.log import tables
+from mlflow_kdguard.plugin.log.heads import Head, genesis, sign, stamp
+from mlflow_kdguard.plugin.log.tables import Database
+from mlflow_kdguard.records import Record
+
+_LONGEST = 4_000
+"""Characters of one text; more is cut, and stands there by its digest."""
+_MOST = 100
+"""Reasons of one entry."""
+_PAGE = 1_000
+
+
+def _storable(value: Any) -> Any:
+    """Text that every database keeps: no NUL, no half of a surrogate pair, and not endless."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        return value
+    text = value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[:_LONGEST]}… (cut; the SHA-256 of all is {sha256(text.encode())})"
+
+
+def _few(value: Any) -> Any:
+    if isinstance(value, list | tuple) and len(value) > _MOST:
+        return (*value[:_MOST], f"… and {len(value) - _MOST} more")
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_storable)]
+
+
+class Event(Record):
+    """What happened, as an entry states it.
+
+    `action` is one word (promote, refuse, demote, stage, rename-refused, delete-refused, override,
+    settings, nonce, …), `decision` the outcome in one word. `certificate` is the SHA-256 of the
+    document that the decision rests on (the certificate, the override, the settings), `policy` that
+    of the policy. Whatever a client may have written is made storable: over-long text is cut.
+    """
+
+    actor: Text
+    action: str = Field(pattern=r"^[a-z][a-z-]{0,39}$")
+    workspace: Text = ""
+    model: Text = ""
+    version: Text = ""
+    alias: Text = ""
+    certificate: Text = ""
+    policy: Text = ""
+    decision: Text = ""
+    reasons: Annotated[tuple[Text, ...], BeforeValidator(_few)] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An entry that was written, and the head that it leaves: publish that after the commit."""
+
+    seq: int
+    digest: str
+    head: Head
+
+
+def lock(session: Database) -> Head:
+    """Take the log's lock until the transaction ends, and read the head.
+
+    It must be the transaction's first statement: see this module's text. Taking it again is free.
+    Raises RegistryError where there is no head.
+    """
+    taken = update(tables.head).where(tables.head.c.id == 1).values(seq=tables.head.c.seq)
+    session.execute(taken)
+    # FOR UPDATE: MySQL's plain SELECT would read what stood there when the transaction began.
+    found = session.execute(select(tables.head).with_for_update()).mappings().all()
+    return _the_head(found)
+
+
+def append(
+    session: Database,
+    event: Event,
+    *,
+    now: datetime,
+    signer: Signer | None,
+    verifiers: Sequence[Verifier] = (),
+) -> Entry:
+    """Write one entry inside of the caller's transaction; it takes the log's lock (see lock()).
+
+    With a `signer` the new head is signed, and the one that it follows must be signed by the same
+    key or by one of `verifiers` (the keys before a rotation): otherwise whoever edits the database
+    would have his chain signed by us. Raises RegistryError where the log was tampered with, so
+    that nothing is appended; SQLAlchemy's errors where the database is in trouble.
+    """
+    head = lock(session)
+    _refuse_tampered(session, head, signer, verifiers)
+    row = {
+        "seq": head.seq + 1,
+        "time": stamp(now),
+        **event.model_dump(exclude={"reasons"}),
+        "reasons": json.dumps(event.reasons),
+        "previous": head.digest,
+    }
+    digest = digest_json(row)
+    session.execute(insert(tables.log), [row | {"digest": digest}])
+    new = sign(log=head.log, seq=head.seq + 1, digest=digest, time=stamp(now), signer=signer)
+    columns = new.model_dump(include={"seq", "digest", "time", "signature"})
+    session.execute(
+        update(tables.head).where(tables.head.c.id == 1).values(**columns, key_id=new.key)
+    )
+    return Entry(new.seq, digest, new)
+
+
+def read_head(session: Database) -> Head | None:
+    """The head as it stands, without a lock; None where there is not exactly one that we wrote."""
+    found = session.execute(select(tables.head)).mappings().all()
+    try:
+        return _the_head(found)
+    except RegistryError:
+        return None
+
+
+def entries(session: Database, *, after: int = 0, until: int) -> Iterator[RowMapping]:
+    """The rows with `after` < seq ≤ `until`, in order, read page by page.
+
+    No cursor stays open between the pages: on SQLite one would keep every writer waiting.
+    """
+    while after < until:
+        page = select(tables.log).where(tables.log.c.seq > after, tables.log.c.seq <= until)
+        found = session.execute(page.order_by(tables.log.c.seq).limit(_PAGE)).mappings().all()
+        yield from found
+        if len(found) < _PAGE:
+            return
+        after = found[-1]["seq"]
+
+
+def _the_head(rows: Sequence[RowMapping]) -> Head:
+    try:
+        (row,) = rows
+        values = {key: row[key] for key in ("log", "seq", "digest", "time", "signature")}
+        return Head(**values, key=row["key_id"])
+    except ValueError as error:
+        raise RegistryError(
+            "the log does not have exactly one head, as we write it: somebody edited it.",
+            remedy="See docs/how-to/operate-the-log.md.",
+        ) from error
+
+
+def _refuse_tampered(
+    session: Database, head: Head, signer: Signer | None, verifiers: Sequence[Verifier]
+) -> None:
+    newest = select(tables.log.c.seq, tables.log.c.digest).order_by(tables.log.c.seq.desc())
+    last = session.execute(newest.limit(1)).one_or_none()
+    end = (0, genesis(head.log)) if last is None else (last.seq, last.digest)
+    objection = None
+    if end != (head.seq, head.digest):
+        objection = (
+            f"names entry {head.seq} ({head.digest[:16]}…) as the last one, and the last one is "
+            f"entry {end[0]} ({end[1][:16]}…)"
+        )
+    elif head.seq and signer is not None:
+        objection = head.objection((signer.verifier, *verifiers))
+    if objection:
+        raise RegistryError(
+            f"the log was tampered with, or its key was changed: its head {objection}.",
+            remedy="Run `kdguard server log verify`; after a change of keys keep the old key's "
+            ".pub among the trusted ones.",
+        )

@@ -1,0 +1,1 @@
+"""Alembic migrations of the log's tables; `log.migrate` runs them."""
