@@ -1,0 +1,1 @@
+"""The app of `mlflow server --app-name kdguard`; `entry` is what MLflow loads."""
