@@ -5,12 +5,12 @@ says can undo it. A key record can only be tightened here: ended earlier, or dec
 since an earlier moment.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AwareDatetime, Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from mlflow_kdguard import plain_yaml
 from mlflow_kdguard.attest.envelope import Envelope
@@ -24,25 +24,39 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Revocations(Record):
-    """What is taken back: `certificates` by digest, `keys` (by id) since a moment, with a zone.
+    """What is taken back: `certificates` by digest, `keys` (by id) with the time from which each
+    may have been known to others.
 
     A certificate goes by `certificate_digest`, that of what is signed, which stays the same
     whoever signs beside or is cut away; the digest of one envelope is understood as well.
     """
 
     certificates: tuple[Digest, ...] = ()
-    keys: dict[Digest, AwareDatetime] = Field(default_factory=dict)
+    keys: dict[Digest, str] = Field(default_factory=dict)
+
+    @field_validator("keys", mode="before")
+    @classmethod
+    def _as_text(cls, keys: object) -> object:
+        """YAML reads an unquoted moment as one."""
+        if not isinstance(keys, Mapping):
+            return keys
+        return {k: v.isoformat() if isinstance(v, datetime) else v for k, v in keys.items()}
+
+    @field_validator("keys")
+    @classmethod
+    def _moments(cls, keys: dict[str, str]) -> dict[str, str]:
+        return {key: format_time(parse_time(text)) for key, text in keys.items()}
 
     @staticmethod
     def load(path: Path) -> "Revocations":
-        """Read a list in YAML. Raises UsageError or ConfigError where it cannot be understood."""
+        """Read `{certificates: […], keys: {ID: TIME}}`; ConfigError says what is wrong with it."""
         try:
             values = plain_yaml.parse(read_bytes(path, what="the list of revocations"))
             return Revocations.model_validate({} if values is None else values)
         except ValidationError as error:
             raise ConfigError(f"{path}: {explain(error)}") from error
         except ValueError as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}.") from error
+            raise ConfigError(f"{path} is no list of revocations: {error}.") from error
 
     def refuse(self, envelope: bytes, signed_by: Sequence[Verifier], now: datetime) -> None:
         """CertificateError where the certificate, or a key that signed it, is taken back."""
@@ -54,10 +68,10 @@ class Revocations(Record):
             )
         for verifier in signed_by:
             since = self.keys.get(verifier.key_id)
-            if since is not None and since <= now:
+            if since is not None and parse_time(since) <= now:
                 raise CertificateError(
                     f"the key {verifier.key_id[:16]}… of {verifier.record.owner} is revoked as "
-                    f"compromised since {format_time(since)}.",
+                    f"compromised since {since}.",
                     remedy="Sign with a key that is valid.",
                 )
 

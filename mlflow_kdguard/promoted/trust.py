@@ -6,55 +6,18 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated
 
-from pydantic import Field, ValidationError, field_validator
-
-from mlflow_kdguard import plain_yaml
 from mlflow_kdguard.attest.envelope import Envelope
+from mlflow_kdguard.attest.revocation import Revocations as Revoked
 from mlflow_kdguard.attest.signing import Verifier
-from mlflow_kdguard.config import explain
 from mlflow_kdguard.errors import UsageError
-from mlflow_kdguard.files import read_bytes, sha256
-from mlflow_kdguard.records import Record, format_time, parse_time
+from mlflow_kdguard.files import sha256
+from mlflow_kdguard.records import parse_time
 
 KEYS, REVOKED = "KDGUARD_KEYS", "KDGUARD_REVOKED"
 """Environment variables: key records or folders of them (separated as in PATH), and one file."""
 
 Key = str | Path | Verifier
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class Revoked(Record):
-    """What was taken back: certificates by the SHA-256 of their envelope or of its payload, and
-    keys by their id, each with the time from which it may have been known to others."""
-
-    certificates: tuple[Digest, ...] = ()
-    keys: dict[Digest, str] = Field(default_factory=dict)
-
-    @field_validator("keys", mode="before")
-    @classmethod
-    def _as_text(cls, keys: object) -> object:
-        """YAML reads an unquoted moment as one."""
-        if not isinstance(keys, Mapping):
-            return keys
-        return {k: v.isoformat() if isinstance(v, datetime) else v for k, v in keys.items()}
-
-    @field_validator("keys")
-    @classmethod
-    def _moments(cls, keys: dict[str, str]) -> dict[str, str]:
-        return {key: format_time(parse_time(text)) for key, text in keys.items()}
-
-    @staticmethod
-    def load(path: Path) -> "Revoked":
-        """Read `{certificates: […], keys: {ID: TIME}}`; UsageError says what is wrong with it."""
-        try:
-            values = plain_yaml.parse(read_bytes(path, what="the list of revocations"))
-            return Revoked.model_validate({} if values is None else values)
-        except ValidationError as error:
-            raise UsageError(f"{path}: {explain(error)}") from error
-        except ValueError as error:
-            raise UsageError(f"{path} is no list of revocations: {error}.") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +73,9 @@ def trusted(
 
 def _listed(keys: Key | Iterable[Key] | None) -> list[Key]:
     if keys is None:
-        stated = os.environ.get(KEYS, "")
-        return [part for part in stated.split(os.pathsep) if part]
-    return [keys] if isinstance(keys, str | Path | Verifier) else list(keys)
+        keys = os.environ.get(KEYS, "").split(os.pathsep)
+    named = [keys] if isinstance(keys, str | Path | Verifier) else list(keys)
+    return [key for key in named if key != ""]  # an unset variable must not name this folder
 
 
 def _verifiers(key: Key) -> Iterator[Verifier]:

@@ -39,7 +39,8 @@ def changed(signer: Signer, **changes: Any) -> Verifier:
 
 
 def dated(moment: datetime) -> Certificate:
-    return c.certificate(issued=format_time(moment))
+    made: Certificate = c.certificate(issued=format_time(moment))
+    return made
 
 
 def check(envelope: bytes, *trusted: Verifier, **more: Any) -> attest.Checked:
@@ -138,13 +139,13 @@ def test_the_digest_of_one_envelope_revokes_it_too() -> None:
 def test_a_revoked_key_counts_for_nothing_it_ever_signed(waive: bool) -> None:
     old = attest.issue(dated(EARLY + timedelta(days=1)), VIC)
     for key_id, refused in ((VIC.key_id, True), (BEA.key_id, False)):
-        revoked = attest.Revocations(keys={key_id: c.NOW})
+        revoked = attest.Revocations(keys={key_id: format_time(c.NOW)})
         if refused:
             with pytest.raises(CertificateError, match="revoked as compromised since"):
                 check(old, VIC.verifier, revoked=revoked, waive_expiry=waive)
         else:
             check(old, VIC.verifier, revoked=revoked, waive_expiry=waive)
-    later = attest.Revocations(keys={VIC.key_id: c.NOW + timedelta(seconds=1)})
+    later = attest.Revocations(keys={VIC.key_id: format_time(c.NOW + timedelta(seconds=1))})
     check(old, VIC.verifier, revoked=later)
 
 
@@ -153,7 +154,9 @@ def test_a_list_of_revocations_on_disk(tmp_path: Path) -> None:
     path.write_text(f"certificates: [{'a' * 64}]\nkeys: {{{'b' * 64}: 2026-03-01T12:00:00Z}}\n")
     found = attest.Revocations.load(path)
     assert found.certificates == ("a" * 64,)
-    assert found.keys == {"b" * 64: c.NOW}
+    assert found.keys == {"b" * 64: format_time(c.NOW)}
+    path.write_text(f"keys: {{{'b' * 64}: '2026-03-01T14:00:00+02:00'}}\n")
+    assert attest.Revocations.load(path).keys == found.keys
     path.write_text("# nothing is revoked\n")
     assert attest.Revocations.load(path) == attest.Revocations()
 
