@@ -56,9 +56,10 @@ def read(folder: Path) -> dict[str, bytes]:
     }
 
 
-def check(files: Mapping[str, bytes]) -> None:
+def check(files: Mapping[str, bytes], *, digest: str | None = None) -> None:
     """Refuse a bundle that could serve anything but its `model.onnx`.
 
+    `digest` is that file's SHA-256, where the caller has taken it already.
     Raises ModelError for a file that is missing, UnsafeModelError naming the file and the key for
     everything else: an additional file, a redirected flavour, code, an unknown requirement.
     """
@@ -69,7 +70,7 @@ def check(files: Mapping[str, bytes]) -> None:
     for name in sorted(files.keys() - {MODEL}):
         if len(files[name]) > _LARGEST_TEXT:
             raise _unsafe(f"{name} has {len(files[name])} bytes, more than {_LARGEST_TEXT}")
-    _check_mlmodel(_mapping(files[MLMODEL], MLMODEL), files)
+    _check_mlmodel(_mapping(files[MLMODEL], MLMODEL), files, digest or sha256(files[MODEL]))
     _check_requirements(files)
 
 
@@ -85,7 +86,7 @@ def _plain_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _check_mlmodel(body: dict[str, Any], files: Mapping[str, bytes]) -> None:
+def _check_mlmodel(body: dict[str, Any], files: Mapping[str, bytes], digest: str) -> None:
     _refuse_unknown(body, _TOP, MLMODEL)
     flavours = body.get("flavors")
     if not isinstance(flavours, dict) or flavours.keys() != _FLAVOURS.keys():
@@ -96,7 +97,7 @@ def _check_mlmodel(body: dict[str, Any], files: Mapping[str, bytes]) -> None:
     _check_env(flavours["python_function"].get("env"), files)
     metadata = body.get("metadata")
     if metadata is not None:
-        _check_metadata(metadata, sha256(files[MODEL]))
+        _check_metadata(metadata, digest)
 
 
 def _check_flavour(entries: Any, flavour: str, expected: dict[str, Any]) -> None:

@@ -46,11 +46,13 @@ __all__ = [
     "Policy",
     "Reference",
     "Smoothed",
+    "block",
     "guarded_name",
     "load",
     "merged",
     "narrow",
     "parse",
+    "read",
     "tighten",
 ]
 
@@ -103,8 +105,12 @@ def load(path: Path | None = None) -> Policy:
     """
     if path is None:
         return parse(_packaged(), where="plugin.yaml")
-    stated = _block(read_bytes(path, what="the policy"), str(path))
-    return parse(merged(_packaged(), stated), where=str(path))
+    return read(read_bytes(path, what="the policy"), where=str(path))
+
+
+def read(data: bytes, *, where: str) -> Policy:
+    """The bytes of an operator's file, read over the packaged policy; ConfigError as `load`."""
+    return parse(merged(_packaged(), block(data, where=where)), where=where)
 
 
 def parse(values: Mapping[str, Any], *, where: str) -> Policy:
@@ -140,24 +146,26 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 @cache
 def _packaged() -> Mapping[str, Any]:
     file = package_files("mlflow_kdguard").joinpath("plugin.yaml")
-    return MappingProxyType(_block(file.read_bytes(), "plugin.yaml"))
+    return MappingProxyType(block(file.read_bytes(), where="plugin.yaml"))
 
 
-def _block(data: bytes, where: str) -> dict[str, Any]:
+def block(data: bytes, *, where: str) -> dict[str, Any]:
+    """What a file states, complete or not, with or without `policy:` above it; ConfigError."""
     try:
         values = plain_yaml.parse(data)
     except ValueError as error:
         raise ConfigError(f"{where} is not valid YAML: {error}.") from error
-    block = values.get("policy", values) if isinstance(values, dict) else None
-    beside = () if block is values or block is None else values.keys() & Policy.model_fields.keys()
+    stated = values.get("policy", values) if isinstance(values, dict) else None
+    known = Policy.model_fields.keys()
+    beside = () if stated is values or stated is None else values.keys() & known
     if beside:
         raise ConfigError(
             f"{where} holds {min(beside)!r} beside `policy:`, where it has no effect.",
             remedy="Move it below `policy:`.",
         )
-    if not isinstance(block, dict) or not all(isinstance(key, str) for key in block):
+    if not isinstance(stated, dict) or not all(isinstance(key, str) for key in stated):
         raise ConfigError(f"{where} holds no policy.", remedy="See docs/reference/policy.md.")
-    return block
+    return stated
 
 
 def _complaints(error: ValidationError) -> str:

@@ -8,7 +8,7 @@ can make it again and compare (`docs/threat-model.md`, 11).
 import importlib.metadata
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,28 +16,49 @@ from typing import Any
 import mlflow
 import numpy as np
 import onnx
-import yaml
 from mlflow.models import Model as MLmodel
 from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
+from mlflow_kdguard.artifacts import (
+    ADDED_BY_CLIENT,
+    CERTIFICATE,
+    LARGEST,
+    MOST_FILES,
+    bundle_digest,
+    digests,
+    read_folder,
+    too_large,
+    without_mark,
+)
 from mlflow_kdguard.bundle import ALLOWED, MODEL
-from mlflow_kdguard.errors import ModelError, RegistryError, UnsafeModelError, UsageError
-from mlflow_kdguard.files import digest_json, sha256, write_bytes
+from mlflow_kdguard.errors import ModelError, RegistryError, UsageError
+from mlflow_kdguard.files import sha256, write_bytes
+
+__all__ = [
+    "ADDED_BY_CLIENT",
+    "ARCHITECTURE",
+    "CERTIFICATE",
+    "LARGEST",
+    "MOST_FILES",
+    "WEIGHTS",
+    "Bundle",
+    "bundle_digest",
+    "digests",
+    "from_path",
+    "read_folder",
+    "student_files",
+    "too_large",
+    "without_mark",
+    "write",
+]
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # MLflow warns about type hints of its own when imported
     import mlflow.onnx
     import mlflow.pyfunc
 
-CERTIFICATE = "kdguard.certificate"
-"""Tag of a version that holds its signed certificate."""
 WEIGHTS, ARCHITECTURE = "weights.safetensors", "architecture.json"
-ADDED_BY_CLIENT = "registered_model_meta"
-"""MLflow's client writes this into a folder that it downloads; it is never part of a version."""
-LARGEST = 2 << 30
-"""Bytes that a bundle may hold (an ONNX file cannot hold more)."""
-MOST_FILES = 1000
 
 _LOADABLE = (".safetensors", ".onnx", ".pt")  # in the order in which a teacher is read
 _NO_TIME = "1970-01-01 00:00:00"
@@ -94,30 +115,6 @@ class Bundle:
         )
 
 
-def digests(files: Mapping[str, bytes]) -> dict[str, str]:
-    """SHA-256 of every file, by path."""
-    return {path: sha256(data) for path, data in sorted(files.items())}
-
-
-def bundle_digest(files: Mapping[str, bytes]) -> str:
-    """One SHA-256 for paths and bytes together."""
-    return digest_json(digests(files))
-
-
-def without_mark(files: Mapping[str, bytes], name: str, version: str) -> dict[str, bytes]:
-    """The files without the note that MLflow's client leaves of this very version.
-
-    Loading a model from an artifact store on this machine writes it into the stored folder. Its
-    bytes follow from name and version, so that nothing can be hidden in it; a note that differs
-    by one byte stays, and is refused like every other additional file.
-    """
-    notes = {
-        yaml.safe_dump({"model_name": name, "model_version": number}, allow_unicode=True).encode()
-        for number in (version, int(version))
-    }
-    return {k: v for k, v in files.items() if not (k == ADDED_BY_CLIENT and v in notes)}
-
-
 def student_files(data: bytes) -> dict[str, bytes]:
     """The bundle of an exported network, with `model.onnx` byte for byte as given.
 
@@ -151,22 +148,6 @@ def write(files: Mapping[str, bytes], folder: Path) -> None:
         write_bytes(folder / path, data)
 
 
-def read_folder(folder: Path, *, limit: int = LARGEST) -> dict[str, bytes]:
-    """All files below `folder`, by relative path.
-
-    Raises UnsafeModelError at a link or a device, ModelError where there are too many bytes.
-    """
-    files: dict[str, bytes] = {}
-    room = limit
-    for path in _walk(folder):
-        name = path.relative_to(folder).as_posix()
-        room -= path.stat().st_size
-        if room < 0 or len(files) >= MOST_FILES:
-            raise too_large(str(folder), limit)
-        files[name] = path.read_bytes()
-    return files
-
-
 def from_path(path: Path, *, limit: int) -> Bundle:
     """The bundle of a folder, or of one file; UsageError where it cannot be read."""
     try:
@@ -181,26 +162,6 @@ def from_path(path: Path, *, limit: int) -> Bundle:
         return Bundle(uri=str(path), files={path.name: path.read_bytes()})
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}.") from error
-
-
-def too_large(where: str, limit: int) -> ModelError:
-    """The error for a bundle past its limits."""
-    return ModelError(
-        f"{where} holds more than {limit} bytes or {MOST_FILES} files.",
-        remedy="Only small bundles of one model are read.",
-    )
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise UnsafeModelError(
-                f"{path} is a link or a device.", remedy="A bundle holds plain files only."
-            )
-        if path.is_dir():
-            yield from _walk(path)
-        else:
-            yield path
 
 
 def _parsed(data: bytes) -> onnx.ModelProto:

@@ -4,22 +4,22 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from mlflow_kdguard.errors import ModelError, RegistryError, UnsafeModelError, UsageError
+from mlflow_kdguard import artifacts
+from mlflow_kdguard.artifacts import DECISION, REASON
+from mlflow_kdguard.errors import RegistryError, UnsafeModelError, UsageError
 from mlflow_kdguard.records import Decision, Record
 from mlflow_kdguard.registry import bundle
 from mlflow_kdguard.registry.bundle import CERTIFICATE, Bundle
 from mlflow_kdguard.registry.client import Connection
 from mlflow_kdguard.registry.runs import Run
 
-DECISION, REASON = "kdguard.decision", "kdguard.reason"
 BUNDLE_TAG = "kdguard.bundle_sha256"
 LONGEST_TAG = 100_000
 """Characters that a model version's tag holds; MLflow refuses more."""
@@ -60,7 +60,7 @@ class Versions:
         version = self._existing(name, run.id, digest)
         if version is None:
             place = f"{kind}/{digest[:16]}"
-            self._upload(files, run, place)
+            self.upload(files, run, place)
             version = self._create(
                 name, f"{run.artifact_uri}/{place}", run, {**tags, BUNDLE_TAG: digest}
             )
@@ -113,7 +113,7 @@ class Versions:
             source = self.connection.client.get_model_version_download_uri(
                 version.name, version.version
             )
-        files = bundle.without_mark(self._fetch(source, limit), version.name, str(version.version))
+        files = bundle.without_mark(self.fetch(source, limit), version.name, str(version.version))
         return Bundle(
             uri=f"models:/{version.name}/{version.version}",
             files=files,
@@ -132,10 +132,14 @@ class Versions:
         version = self.find(uri)
         text = _text(envelope, uri)
         if version.run_id:
-            with self.connection.answering(f"find the run of {uri}"):
-                run = Run(self.connection, self.connection.client.get_run(version.run_id))
-            run.log_bytes(envelope, f"certificates/{version.name}-{version.version}.dsse.json")
+            place = f"certificates/{version.name}-{version.version}.dsse.json"
+            self.run_of(version).log_bytes(envelope, place)
         self.tag(version, {CERTIFICATE: text})
+
+    def run_of(self, version: ModelVersion) -> Run:
+        """The run that a version comes from."""
+        with self.connection.answering(f"find the run {version.run_id}"):
+            return Run(self.connection, self.connection.client.get_run(version.run_id))
 
     def record_decision(self, uri: str, decision: Decision) -> None:
         """Say on the version what the gate decided, and why where it refused."""
@@ -174,7 +178,8 @@ class Versions:
             same = [v for v in found if v.name == name and v.tags.get(BUNDLE_TAG) == digest]
             return str(same[0].version) if same else None
 
-    def _upload(self, files: Mapping[str, bytes], run: Run, place: str) -> None:
+    def upload(self, files: Mapping[str, bytes], run: Run, place: str) -> None:
+        """Store files below `place` of a run."""
         with tempfile.TemporaryDirectory() as folder:
             bundle.write(files, Path(folder))
             with self.connection.answering(f"store {place}"):
@@ -193,7 +198,8 @@ class Versions:
             )
             return str(version.version)
 
-    def _fetch(self, source: str, limit: int) -> dict[str, bytes]:
+    def fetch(self, source: str, limit: int) -> dict[str, bytes]:
+        """All files below an artifact URI. Raises as `download` does."""
         scheme = _scheme(source)
         if scheme in ("", "file"):
             folder = Path(unquote(urlsplit(source).path) if scheme else source)
@@ -212,23 +218,13 @@ class Versions:
         return self._fetch_remote(source, limit)
 
     def _fetch_remote(self, source: str, limit: int) -> dict[str, bytes]:
-        with self.connection.answering(f"list {source}"):
+        with self.connection.answering(f"fetch {source}"):
             store = get_artifact_repository(
                 source,
                 tracking_uri=self.connection.tracking_uri,
                 registry_uri=self.connection.registry_uri,
             )
-            sizes = _listed(store)
-        if sum(sizes.values()) > limit or len(sizes) > bundle.MOST_FILES:
-            raise bundle.too_large(source, limit)
-        with tempfile.TemporaryDirectory() as folder:
-            with self.connection.answering(f"fetch {source}"):
-                for path in sizes:
-                    store.download_artifacts(path, folder)  # type: ignore[no-untyped-call]
-            files = bundle.read_folder(Path(folder), limit=limit)
-        if set(files) != set(sizes):
-            raise RegistryError(f"the files of {source} changed while they were fetched.")
-        return files
+            return artifacts.read_store(store, source, limit=limit)
 
 
 def _scheme(source: str) -> str:
@@ -244,24 +240,6 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError:
         return False
-
-
-def _listed(store: Any) -> dict[str, int]:
-    """Paths and sizes of all files below the store's root; UnsafeModelError at a path outside."""
-    sizes: dict[str, int] = {}
-    folders: list[str | None] = [None]
-    while folders and len(sizes) + len(folders) <= bundle.MOST_FILES:
-        for item in store.list_artifacts(folders.pop()):
-            path = PurePosixPath(item.path)
-            if path.is_absolute() or ".." in path.parts or "\\" in item.path:
-                raise UnsafeModelError(f"the artifact {item.path!r} lies outside its folder.")
-            if item.is_dir:
-                folders.append(item.path)
-            else:
-                sizes[item.path] = int(item.file_size or 0)
-    if folders:
-        raise ModelError(f"there are more than {bundle.MOST_FILES} artifacts.")
-    return sizes
 
 
 def _text(envelope: bytes, uri: str) -> str:

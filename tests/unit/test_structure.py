@@ -26,6 +26,7 @@ TRUST_CORE = (
     "intervals",
     "records",
     "bundle",
+    "artifacts",
     "extensions",
     "config",
     "policy",

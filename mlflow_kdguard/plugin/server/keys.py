@@ -1,0 +1,76 @@
+"""The keys that a server believes: a folder of records, less what was revoked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from mlflow_kdguard import plain_yaml
+from mlflow_kdguard.attest import Verifier
+from mlflow_kdguard.attest.revocation import Revocations
+from mlflow_kdguard.config import explain
+from mlflow_kdguard.errors import ConfigError, UsageError
+from mlflow_kdguard.files import read_bytes
+from mlflow_kdguard.records import parse_time
+
+SUFFIX = ".pub"
+_LARGEST = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Trusted keys, each with the earliest time from which it counts as compromised."""
+
+    verifiers: tuple[Verifier, ...]
+    revocations: Revocations
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The key records (`*.pub`) of a folder by name; ConfigError where it cannot be read."""
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIX))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the folder of keys {folder}: {error.strerror or error}.",
+            remedy="Name the folder that holds the trusted .pub records (keys:).",
+        ) from error
+    return {path.name: read_bytes(path, what="the key record", at_most=_LARGEST) for path in paths}
+
+
+def trusted(records: Mapping[str, bytes], revoked: bytes | None, *, where: str) -> Keys:
+    """The keys of these records, less what the list of revocations takes back.
+
+    Raises UsageError for a record that is none and for two records of one key that differ,
+    ConfigError for a list of revocations that cannot be read: it would revoke nothing.
+    """
+    revocations = Revocations() if revoked is None else _revocations(revoked)
+    verifiers: dict[str, Verifier] = {}
+    for name, data in records.items():
+        verifier = Verifier.from_bytes(data, where=f"{where}/{name}")
+        known = verifiers.setdefault(verifier.key_id, verifier)
+        if known.record != verifier.record:
+            raise UsageError(
+                f"{where}: two records of the key {verifier.key_id[:16]}… disagree.",
+                remedy="Keep the newer one only.",
+            )
+    taken = revocations.keys
+    return Keys(tuple(_since(v, taken.get(k)) for k, v in verifiers.items()), revocations)
+
+
+def _since(verifier: Verifier, since: str | None) -> Verifier:
+    known = verifier.record.compromised
+    if since is None or (known is not None and parse_time(known) <= parse_time(since)):
+        return verifier
+    record = verifier.record.model_copy(update={"compromised": since})
+    return Verifier(record, verifier.public)
+
+
+def _revocations(data: bytes) -> Revocations:
+    try:
+        values = plain_yaml.parse(data)
+        return Revocations.model_validate({} if values is None else values)
+    except ValidationError as error:
+        raise ConfigError(f"revoked: {explain(error)}") from error
+    except ValueError as error:
+        raise ConfigError(f"revoked: {error}.") from error
