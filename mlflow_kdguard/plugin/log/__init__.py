@@ -14,15 +14,16 @@ both of which MLflow brings along; neither MLflow itself nor torch.
 """
 
 from mlflow_kdguard.plugin.log import nonces, overrides, versions
-from mlflow_kdguard.plugin.log.check import LogReport, verify
-from mlflow_kdguard.plugin.log.entries import (
+from mlflow_kdguard.plugin.log.chain import (
     Entry,
     Event,
     append,
     entries,
     lock,
     read_head,
+    resume,
 )
+from mlflow_kdguard.plugin.log.check import LogReport, verify
 from mlflow_kdguard.plugin.log.heads import Head, publish
 from mlflow_kdguard.plugin.log.migrate import prepare, require_current
 from mlflow_kdguard.plugin.log.nonces import Nonce
@@ -45,6 +46,7 @@ __all__ = [
     "publish",
     "read_head",
     "require_current",
+    "resume",
     "seen",
     "verify",
     "versions",

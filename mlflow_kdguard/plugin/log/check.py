@@ -5,7 +5,8 @@ is trusted; and is every head that was ever published still there. The first fin
 middle, the second a chain that was written anew, the third one whose end was cut.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +15,11 @@ from sqlalchemy import RowMapping, func, select
 from sqlalchemy.exc import DBAPIError
 
 from mlflow_kdguard.attest.signing import Verifier
-from mlflow_kdguard.errors import CertificateError
+from mlflow_kdguard.errors import CertificateError, RegistryError
 from mlflow_kdguard.files import canonical_json, read_bytes, sha256
 from mlflow_kdguard.plugin.log import tables
+from mlflow_kdguard.plugin.log.chain import entries, read_head
 from mlflow_kdguard.plugin.log.crosscheck import Companions
-from mlflow_kdguard.plugin.log.entries import entries, read_head
 from mlflow_kdguard.plugin.log.heads import Head, genesis
 from mlflow_kdguard.plugin.log.tables import Database
 from mlflow_kdguard.records import Record
@@ -43,45 +44,6 @@ class LogReport(Record):
     notes: tuple[str, ...]
 
 
-def verify(connection: Database, *, verifiers: Sequence[Verifier], heads: Path | None) -> LogReport:
-    """Check the whole log against itself, its signature and the published heads.
-
-    `verifiers` are the keys that may have signed heads (old ones, too); with none, signatures are
-    not checked, and a note says so. `heads` is the file that publish() writes; without it a cut
-    tail cannot show. It may run while the server works. Raises RegistryError where there is no log
-    to check, UsageError where the file of heads cannot be read.
-    """
-    found = _Findings()
-    published = [] if heads is None else list(_published(heads, verifiers, found))
-    companions = Companions(connection)
-    head = _head(connection, found)
-    if head is None:
-        return found.report(0, len(published), None)
-    digests = {line.seq: line for line in published}
-    count = _follow(connection, head, digests, companions, found)
-    found.problems.extend(companions.problems(connection))
-    _check_end(connection, head, verifiers, found)
-    _check_published(head, published, found)
-    if heads is None:
-        found.notes.append("no published heads were compared: a cut tail would not show")
-    elif not published:
-        found.notes.append(f"{heads} holds no head: a cut tail would not show")
-    if not verifiers:
-        found.notes.append("no key was named: signatures were not checked")
-    return found.report(count, len(published), head)
-
-
-def digest_of(row: RowMapping) -> str | None:
-    """The digest that an entry must have; None where it holds what no entry holds."""
-    stated = {key: row[key] for key in row if key != "digest"}
-    if not all(isinstance(value, str) for key, value in stated.items() if key != "seq"):
-        return None
-    try:
-        return sha256(canonical_json(stated))
-    except ValueError:
-        return None
-
-
 class _Findings:
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -99,6 +61,71 @@ class _Findings:
             problems=tuple(listed),
             notes=tuple(self.notes),
         )
+
+
+def verify(connection: Database, *, verifiers: Sequence[Verifier], heads: Path | None) -> LogReport:
+    """Check the whole log against itself, its signature and the published heads.
+
+    `verifiers` are the keys that may have signed heads (old ones, too); with none, signatures are
+    not checked, and a note says so. `heads` is the file that publish() writes; without it a cut
+    tail cannot show. It may run while the server works. Raises RegistryError where the tables
+    cannot be read, UsageError where the file of heads cannot.
+    """
+    found = _Findings()
+    if not verifiers:
+        found.notes.append("no key was named: signatures were not checked")
+    if heads is None:
+        found.notes.append("no published heads were compared: a cut tail would not show")
+    # The file first: whatever it holds by now was in the database before.
+    published = [] if heads is None else list(_published(heads, verifiers, found))
+    if heads is not None and not published:
+        found.notes.append(f"{heads} holds no head: a cut tail would not show")
+    try:
+        return _examined(connection, verifiers, published, found)
+    except DBAPIError as error:
+        if "decode" in str(
+            error.orig
+        ):  # SQLite keeps bytes that are no text, if somebody writes them
+            found.problems.append(f"a table holds what nobody can have logged: {error.orig}")
+            return found.report(0, len(published), None)
+        raise RegistryError(
+            f"the log cannot be read: {error.orig}.", remedy="Is it the registry's database?"
+        ) from error
+
+
+def _examined(
+    connection: Database,
+    verifiers: Sequence[Verifier],
+    published: Sequence[Head],
+    found: _Findings,
+) -> LogReport:
+    companions = Companions(connection)
+    head = read_head(connection)
+    if head is None:
+        found.problems.append("the log does not have exactly one head, as we write it")
+        return found.report(0, len(published), None)
+    if head.seq and verifiers and (why := head.objection(verifiers, now=datetime.now(UTC))):
+        found.problems.append(f"the head {why}")
+    named: dict[int, set[str]] = {}
+    for line in published:
+        if line.log == head.log:
+            named.setdefault(line.seq, set()).add(line.digest)
+    count = _follow(connection, head, named, companions, found)
+    found.problems.extend(companions.problems(connection))
+    _check_end(connection, found)
+    _check_published(head, published, found)
+    return found.report(count, len(published), head)
+
+
+def digest_of(row: RowMapping) -> str | None:
+    """The digest that an entry must have; None where it holds what no entry holds."""
+    stated = {key: row[key] for key in row if key != "digest"}
+    if not all(isinstance(value, str) for key, value in stated.items() if key != "seq"):
+        return None
+    try:
+        return sha256(canonical_json(stated))
+    except ValueError:
+        return None
 
 
 def _published(path: Path, verifiers: Sequence[Verifier], found: _Findings) -> Iterator[Head]:
@@ -124,60 +151,43 @@ def _published(path: Path, verifiers: Sequence[Verifier], found: _Findings) -> I
             yield head
 
 
-def _head(connection: Database, found: _Findings) -> Head | None:
-    head = read_head(connection)
-    if head is None:
-        found.problems.append("the log does not have exactly one head, as we write it")
-    return head
-
-
 def _follow(
     connection: Database,
     head: Head,
-    published: dict[int, Head],
+    published: Mapping[int, set[str]],
     companions: Companions,
     found: _Findings,
 ) -> int:
-    previous, count, expected = genesis(head.log), 0, 1
-    try:
-        for row in entries(connection, until=head.seq):
-            count += 1
-            if row["seq"] != expected:
-                found.problems.append(f"entries {expected} to {row['seq'] - 1} are missing")
-            _check_row(row, previous, published, found)
-            companions.hear(row)
-            previous, expected = row["digest"], row["seq"] + 1
-    except DBAPIError as error:
-        found.problems.append(f"the entries after {expected - 1} cannot be read: {error.orig}")
-        return count
+    previous, expected, time, count = genesis(head.log), 1, "", 0
+    for row in entries(connection, until=head.seq):
+        count += 1
+        if row["seq"] > expected:
+            found.problems.append(f"entries {expected} to {row['seq'] - 1} are missing")
+        _check_row(row, previous, published.get(row["seq"], set()), found)
+        companions.hear(row)
+        previous, expected, time = row["digest"], row["seq"] + 1, row["time"]
     if expected != head.seq + 1:
         found.problems.append(f"entries {expected} to {head.seq} are missing")
-    elif previous != head.digest:
-        found.problems.append(f"the head names another digest than that of entry {head.seq}")
+    elif (previous, time) != (head.digest, head.time):
+        found.problems.append(f"the head does not name entry {head.seq} as it is")
     return count
 
 
-def _check_row(
-    row: RowMapping, previous: Any, published: dict[int, Head], found: _Findings
-) -> None:
+def _check_row(row: RowMapping, previous: Any, published: set[str], found: _Findings) -> None:
     seq = row["seq"]
     if row["previous"] != previous:
         found.problems.append(f"entry {seq} does not follow from the one before it")
     if row["digest"] != digest_of(row):
         found.problems.append(f"entry {seq} was changed: its digest is another")
-    if seq in published and published[seq].digest != row["digest"]:
+    if published - {row["digest"]}:
         found.problems.append(f"entry {seq} is another one than the head published for it names")
 
 
-def _check_end(
-    connection: Database, head: Head, verifiers: Sequence[Verifier], found: _Findings
-) -> None:
-    if head.seq and verifiers and (objection := head.objection(verifiers)):
-        found.problems.append(f"the head {objection}")
+def _check_end(connection: Database, found: _Findings) -> None:
     # In this order: what is written meanwhile moves the head along with the last entry.
     last = connection.execute(select(func.max(tables.log.c.seq))).scalar() or 0
-    now = read_head(connection)
-    if now is None or last > now.seq:
+    head = read_head(connection)
+    if head is None or last > head.seq:
         found.problems.append(f"the head ends before entry {last}, which is in the table")
 
 

@@ -20,7 +20,7 @@ from mlflow_kdguard.attest.envelope import pae
 from mlflow_kdguard.attest.signing import Signer, Verifier
 from mlflow_kdguard.errors import CertificateError, RegistryError
 from mlflow_kdguard.files import canonical_json, sha256
-from mlflow_kdguard.records import Record
+from mlflow_kdguard.records import Record, parse_time
 
 TYPE = "application/vnd.kdguard.head+json"
 """Payload type that a head's signature covers, so that it is never taken for anything else."""
@@ -60,15 +60,25 @@ class Head(Record):
         except ValidationError as error:
             raise CertificateError("the published head is not a kdguard.head/1.") from error
 
-    def objection(self, verifiers: Sequence[Verifier]) -> str | None:
-        """Why this head's signature proves nothing; None where one of `verifiers` made it."""
+    def objection(
+        self, verifiers: Sequence[Verifier], *, now: datetime | None = None
+    ) -> str | None:
+        """Why this head's signature proves nothing; None where one of `verifiers` made it.
+
+        With `now`, a key that is compromised by then proves nothing either. Heads that were
+        published before stay evidence: to deny one, its thief would have to write that file, too.
+        """
         if not self.signature:
             return "is not signed"
         found = [verifier for verifier in verifiers if verifier.key_id == self.key]
         if not found:
             return f"is signed with the unknown key {self.key[:16]}…"
+        record = found[0].record
         if not found[0].verify(self.signed, _decoded(self.signature)):
-            return f"carries a signature that {found[0].record.owner}'s key did not make"
+            return f"carries a signature that {record.owner}'s key did not make"
+        since = record.compromised
+        if now is not None and since is not None and parse_time(since) <= now:
+            return f"is signed with {record.owner}'s key, compromised since {since}"
         return None
 
 

@@ -16,7 +16,7 @@ from mlflow_kdguard.attest.signing import Signer, Verifier
 from mlflow_kdguard.errors import CertificateError
 from mlflow_kdguard.files import digest_json
 from mlflow_kdguard.plugin.log import tables
-from mlflow_kdguard.plugin.log.entries import Entry, Event, append, lock
+from mlflow_kdguard.plugin.log.chain import Entry, Event, append, lock
 from mlflow_kdguard.plugin.log.heads import stamp
 from mlflow_kdguard.plugin.log.tables import Database
 
@@ -52,7 +52,7 @@ def issue(
 ) -> Nonce:
     """Hand out a nonce, and log it: 32 hex digits that were never used before.
 
-    Takes the log's lock (see entries.lock). Every call is an attempt. Raises as append() does.
+    Takes the log's lock (see lock()). Every call is an attempt. Raises as append() does.
     """
     lock(session)
     series = series_of(workspace, model)

@@ -21,7 +21,7 @@ from sqlalchemy import RowMapping, insert, select
 from mlflow_kdguard.attest.overrides import Granted, Override, check
 from mlflow_kdguard.attest.signing import Signer, Verifier
 from mlflow_kdguard.plugin.log import tables
-from mlflow_kdguard.plugin.log.entries import Entry, Event, append, lock
+from mlflow_kdguard.plugin.log.chain import Entry, Event, append, lock
 from mlflow_kdguard.plugin.log.heads import stamp
 from mlflow_kdguard.plugin.log.tables import Database
 

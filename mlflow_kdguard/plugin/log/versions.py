@@ -12,7 +12,7 @@ from sqlalchemy import insert, select
 from mlflow_kdguard.attest.signing import Signer, Verifier
 from mlflow_kdguard.errors import ConfigError
 from mlflow_kdguard.plugin.log import tables
-from mlflow_kdguard.plugin.log.entries import Entry, Event, append, lock
+from mlflow_kdguard.plugin.log.chain import Entry, Event, append, lock
 from mlflow_kdguard.plugin.log.heads import stamp
 from mlflow_kdguard.plugin.log.tables import Database
 

@@ -31,6 +31,10 @@ _LONGEST = 4_000
 _MOST = 100
 """Reasons of one entry."""
 _PAGE = 1_000
+_RESUME = (
+    "Keep the .pub of the log's former key among the trusted keys. If there is none, or it is "
+    "compromised, run `kdguard server log verify`, then `kdguard server log resume`."
+)
 
 
 def _storable(value: Any) -> Any:
@@ -113,7 +117,28 @@ def append(
     that nothing is appended; SQLAlchemy's errors where the database is in trouble.
     """
     head = lock(session)
-    _refuse_tampered(session, head, signer, verifiers)
+    _refuse_cut(session, head)
+    if head.seq and signer is not None:
+        objection = head.objection((signer.verifier, *verifiers), now=now)
+        if objection is not None:
+            raise RegistryError(f"the log's head {objection}.", remedy=_RESUME)
+    return _append(session, head, event, now=now, signer=signer)
+
+
+def resume(session: Database, event: Event, *, now: datetime, signer: Signer) -> Entry:
+    """Append an entry to a head that nobody whom we trust has signed, and sign what follows.
+
+    For an operator who has run verify() and knows why: the database was restored, or the log's key
+    was lost or compromised. Whatever the head named until now is taken as it is.
+    """
+    head = lock(session)
+    _refuse_cut(session, head)
+    return _append(session, head, event, now=now, signer=signer)
+
+
+def _append(
+    session: Database, head: Head, event: Event, *, now: datetime, signer: Signer | None
+) -> Entry:
     row = {
         "seq": head.seq + 1,
         "time": stamp(now),
@@ -140,13 +165,15 @@ def read_head(session: Database) -> Head | None:
         return None
 
 
-def entries(session: Database, *, after: int = 0, until: int) -> Iterator[RowMapping]:
-    """The rows with `after` < seq ≤ `until`, in order, read page by page.
+def entries(session: Database, *, after: int | None = None, until: int) -> Iterator[RowMapping]:
+    """The rows with `after` < seq ≤ `until`, in order, read page by page; None is before the first.
 
     No cursor stays open between the pages: on SQLite one would keep every writer waiting.
     """
-    while after < until:
-        page = select(tables.log).where(tables.log.c.seq > after, tables.log.c.seq <= until)
+    while after is None or after < until:
+        page = select(tables.log).where(tables.log.c.seq <= until)
+        if after is not None:
+            page = page.where(tables.log.c.seq > after)
         found = session.execute(page.order_by(tables.log.c.seq).limit(_PAGE)).mappings().all()
         yield from found
         if len(found) < _PAGE:
@@ -155,8 +182,9 @@ def entries(session: Database, *, after: int = 0, until: int) -> Iterator[RowMap
 
 
 def _the_head(rows: Sequence[RowMapping]) -> Head:
+    ours = [row for row in rows if row["id"] == 1]
     try:
-        (row,) = rows
+        (row,) = ours if len(rows) == 1 else ()
         values = {key: row[key] for key in ("log", "seq", "digest", "time", "signature")}
         return Head(**values, key=row["key_id"])
     except ValueError as error:
@@ -166,23 +194,13 @@ def _the_head(rows: Sequence[RowMapping]) -> Head:
         ) from error
 
 
-def _refuse_tampered(
-    session: Database, head: Head, signer: Signer | None, verifiers: Sequence[Verifier]
-) -> None:
+def _refuse_cut(session: Database, head: Head) -> None:
     newest = select(tables.log.c.seq, tables.log.c.digest).order_by(tables.log.c.seq.desc())
     last = session.execute(newest.limit(1)).one_or_none()
     end = (0, genesis(head.log)) if last is None else (last.seq, last.digest)
-    objection = None
     if end != (head.seq, head.digest):
-        objection = (
-            f"names entry {head.seq} ({head.digest[:16]}…) as the last one, and the last one is "
-            f"entry {end[0]} ({end[1][:16]}…)"
-        )
-    elif head.seq and signer is not None:
-        objection = head.objection((signer.verifier, *verifiers))
-    if objection:
         raise RegistryError(
-            f"the log was tampered with, or its key was changed: its head {objection}.",
-            remedy="Run `kdguard server log verify`; after a change of keys keep the old key's "
-            ".pub among the trusted ones.",
+            f"the log was tampered with: its head names entry {head.seq} ({head.digest[:16]}…) as "
+            f"the last one, and the last one is entry {end[0]} ({str(end[1])[:16]}…).",
+            remedy="Run `kdguard server log verify`, and restore the database from a backup.",
         )
