@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -26,8 +27,9 @@ from mlflow_kdguard.plugin.log.heads import Head, genesis, sign, stamp
 from mlflow_kdguard.plugin.log.tables import Database
 from mlflow_kdguard.records import Record
 
-_LONGEST = 4_000
-"""Characters of one text; more is cut, and stands there by its digest."""
+_LONGEST, _LONGEST_NAME = 4_000, 500
+"""Characters of a reason, and of any other text: an index of PostgreSQL takes no longer ones.
+What is cut stands there by its digest."""
 _MOST = 100
 """Reasons of one entry."""
 _PAGE = 1_000
@@ -37,16 +39,16 @@ _RESUME = (
 )
 
 
-def _storable(value: Any) -> Any:
+def _storable(value: Any, longest: int) -> Any:
     """Text that every database keeps: no NUL, no half of a surrogate pair, and not endless."""
     if value is None:
         return ""
     if not isinstance(value, str):
         return value
     text = value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
-    if len(text) <= _LONGEST:
+    if len(text) <= longest:
         return text
-    return f"{text[:_LONGEST]}… (cut; the SHA-256 of all is {sha256(text.encode())})"
+    return f"{text[:longest]}… (cut; the SHA-256 of all is {sha256(text.encode())})"
 
 
 def _few(value: Any) -> Any:
@@ -55,7 +57,8 @@ def _few(value: Any) -> Any:
     return value
 
 
-Text = Annotated[str, BeforeValidator(_storable)]
+Text = Annotated[str, BeforeValidator(partial(_storable, longest=_LONGEST_NAME))]
+Reason = Annotated[str, BeforeValidator(partial(_storable, longest=_LONGEST))]
 
 
 class Event(Record):
@@ -76,7 +79,7 @@ class Event(Record):
     certificate: Text = ""
     policy: Text = ""
     decision: Text = ""
-    reasons: Annotated[tuple[Text, ...], BeforeValidator(_few)] = ()
+    reasons: Annotated[tuple[Reason, ...], BeforeValidator(_few)] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,16 +185,16 @@ def entries(session: Database, *, after: int | None = None, until: int) -> Itera
 
 
 def _the_head(rows: Sequence[RowMapping]) -> Head:
-    ours = [row for row in rows if row["id"] == 1]
     try:
-        (row,) = ours if len(rows) == 1 else ()
-        values = {key: row[key] for key in ("log", "seq", "digest", "time", "signature")}
-        return Head(**values, key=row["key_id"])
-    except ValueError as error:
-        raise RegistryError(
-            "the log does not have exactly one head, as we write it: somebody edited it.",
-            remedy="See docs/how-to/operate-the-log.md.",
-        ) from error
+        if [row["id"] for row in rows] == [1]:
+            values = {key: rows[0][key] for key in ("log", "seq", "digest", "time", "signature")}
+            return Head(**values, key=rows[0]["key_id"])
+    except ValueError:
+        pass
+    raise RegistryError(
+        "the log does not have exactly one head, as we write it: somebody edited it.",
+        remedy="See docs/how-to/operate-the-log.md.",
+    )
 
 
 def _refuse_cut(session: Database, head: Head) -> None:

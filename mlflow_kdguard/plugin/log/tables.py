@@ -9,6 +9,7 @@ from sqlalchemy import (
     BigInteger,
     Column,
     Connection,
+    Index,
     Integer,
     MetaData,
     String,
@@ -55,6 +56,7 @@ log = Table(
     _text("reasons"),
     _hex("previous"),
     _hex("digest"),
+    Index("kdguard_log_model", "model", mysql_length=191),
     mysql_charset="utf8mb4",
 )
 """One row an entry, never changed once written; `reasons` is a JSON list of texts."""

@@ -39,6 +39,7 @@ def upgrade() -> None:
         *_texts("reasons"),
         _short("previous", 64),
         _short("digest", 64),
+        sa.Index("kdguard_log_model", "model", mysql_length=191),
     )
     _create(
         "kdguard_nonces",
