@@ -19,7 +19,7 @@ from mlflow_kdguard.flow.work import Grant, Work, opened
 from mlflow_kdguard.records import Decision, Figures, Progress, silent
 from mlflow_kdguard.registry import Run
 
-__all__ = ["Grant", "Outcome", "guard"]
+__all__ = ["Grant", "Outcome", "guard", "staged"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +57,11 @@ def guard(
     with opened(
         config, grant, name=name, folder=place, progress=progress, parent=parent, baseline=baseline
     ) as work:
-        return _guarded(work)
+        return staged(work)
 
 
-def _guarded(work: Work) -> Outcome:
+def staged(work: Work) -> Outcome:
+    """The stages in their order; Reached where the work stops at one before the gate."""
     shown = given.images(work)
     made = _made(work, shown)
     version = judging.version_of(judging.registered(work, made))
@@ -70,7 +71,8 @@ def _guarded(work: Work) -> Outcome:
     figures = judging.figures(made, measured, bounds, student_audit)
     judging.attested(work, made, figures, version, shown)
     decision = judging.decided(work, version)
-    alias = judging.promoted(work, version) if decision.passed else None
+    acts = decision.passed and work.until != "gate"
+    alias = judging.promoted(work, version) if acts else None
     return Outcome(work.run.id, work.folder, version.uri, alias, figures, decision)
 
 

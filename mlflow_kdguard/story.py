@@ -78,10 +78,10 @@ def tell(
         raise ConfigError("the configuration has no `redteam` section: there is no story to tell.")
     place = folder if folder is not None else Path(config.run.work_dir)
     with opened(config, grant, name="story", folder=place, progress=progress) as work:
-        attack = _attacked(work)
+        attack = attacked(work)
         teacher = _measured_teacher(work, attack)
         trigger = Trigger.load(attack.path(TRIGGER))
-        told = _victim(config, attack)
+        told = victim(config, attack)
         shown = given.images(replace(work, config=told))
         known = replace(
             grant, pins=(*grant.pins, shown.test.sha256), panel=(*grant.panel, trigger.sha256)
@@ -104,7 +104,7 @@ def tell(
     return story
 
 
-def _attacked(work: Work) -> Entry:
+def attacked(work: Work) -> Entry:
     """The attacker's part: poisoned teacher, clean control, trigger, contaminated transfer set."""
     section = work.config.redteam
     if section is None:
@@ -168,7 +168,7 @@ def _measure(work: Work, model: Path, test: Dataset, trigger: Trigger) -> Measur
     )
 
 
-def _victim(config: GuardConfig, attack: Entry) -> GuardConfig:
+def victim(config: GuardConfig, attack: Entry) -> GuardConfig:
     """The configuration of a team that got this teacher and scraped these images."""
     target = 0 if config.redteam is None else config.redteam.target
     return config.model_copy(

@@ -33,7 +33,7 @@ from mlflow_kdguard.registry import Registry, Run
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Entry", "Grant", "Produced", "Work", "begun", "dump", "opened", "tools"]
+__all__ = ["Entry", "Grant", "Produced", "Reached", "Work", "begun", "dump", "opened", "tools"]
 
 RUN_FILE, CONFIG_FILE = "run.json", "config.json"
 
@@ -60,9 +60,13 @@ class Produced:
     documents: Sequence[Mapping[str, Any]] = ()
 
 
+class Reached(Exception):  # noqa: N818  (a place, not an error)
+    """The stage that the work was to stop at is finished."""
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Everything that a stage's body needs."""
+    """Everything that a stage's body needs; with `until`, `stage` raises Reached after that one."""
 
     config: GuardConfig
     grant: Grant
@@ -74,6 +78,7 @@ class Work:
     progress: Progress
     baseline: Path | None = None
     nonce: str = ""
+    until: str | None = None
 
     def stage(
         self,
@@ -89,6 +94,20 @@ class Work:
         `holds` says whether a finished stage's outcome still stands outside the folder. `above`
         shows the stage's figures on the parent run, too.
         """
+        entry = self._stage(name, inputs, compute, holds=holds, above=above)
+        if name == self.until:
+            raise Reached(name)
+        return entry
+
+    def _stage(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        compute: Callable[[Entry], Produced],
+        *,
+        holds: Callable[[Entry], bool] | None,
+        above: bool,
+    ) -> Entry:
         ran_on = {"kdguard": __version__, "device": self.device.type, "tools": tools()}
         entry = self.ledger.open(name, {"inputs": dict(inputs), **ran_on})
         if entry.record is not None and holds is not None and not holds(entry):
