@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from mlflow_kdguard.attest.envelope import Envelope
-from mlflow_kdguard.attest.revocation import Revocations as Revoked
+from mlflow_kdguard.attest.revocation import Revocations
 from mlflow_kdguard.attest.signing import Verifier
 from mlflow_kdguard.errors import UsageError
 from mlflow_kdguard.files import sha256
@@ -18,6 +18,7 @@ KEYS, REVOKED = "KDGUARD_KEYS", "KDGUARD_REVOKED"
 """Environment variables: key records or folders of them (separated as in PATH), and one file."""
 
 Key = str | Path | Verifier
+Revoked = Revocations
 
 
 @dataclass(frozen=True, slots=True)
