@@ -6,27 +6,30 @@ last row that was seen: no page costs more than the first, however long the list
 
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any
 
 from mlflow.entities.model_registry.model_version_stages import STAGE_DELETED_INTERNAL, STAGE_NONE
+from mlflow.prompt.constants import _PROMPT_SOURCE_PLACEHOLDERS, IS_PROMPT_TAG_KEY
 from mlflow.store.model_registry.dbmodels.models import (
     SqlModelVersion,
     SqlModelVersionTag,
     SqlRegisteredModelAlias,
+    SqlRegisteredModelTag,
 )
 from sqlalchemy import and_, func, or_, select
 
+from mlflow_kdguard.artifacts import CERTIFICATE, DECISION, REASON
 from mlflow_kdguard.plugin.log import tables
 from mlflow_kdguard.plugin.server.settings import Settings
 
-CERTIFICATE, DECISION, REASON = "kdguard.certificate", "kdguard.decision", "kdguard.reason"
 _CHUNK = 200
 _VERSION: Any = SqlModelVersion
 _ALIAS: Any = SqlRegisteredModelAlias
 _TAG: Any = SqlModelVersionTag
+_MODEL_TAG: Any = SqlRegisteredModelTag
+_NO_SOURCE = tuple(_PROMPT_SOURCE_PLACEHOLDERS)
 
 Key = tuple[str, str, int]
 """Workspace, model name and version."""
@@ -74,7 +77,25 @@ class LogEntry:
 
 
 def candidates(session: Any, after: Key | None = None) -> Iterator[Candidate]:
-    """Every version that carries an alias or a stage, by workspace, name and version."""
+    """Every version that carries an alias or a stage, by workspace, name and version.
+
+    A prompt's versions, which have no artifacts, are none.
+    """
+    prompts = _prompts(session)
+    for found in _carriers(session, after):
+        placed = (found.source, found.storage)
+        if found.key[:2] not in prompts or any(uri not in ("", *_NO_SOURCE) for uri in placed):
+            yield found
+
+
+def _prompts(session: Any) -> frozenset[tuple[str, str]]:
+    marked = select(_MODEL_TAG.workspace, _MODEL_TAG.name).where(
+        _MODEL_TAG.key == IS_PROMPT_TAG_KEY, func.lower(_MODEL_TAG.value) == "true"
+    )
+    return frozenset((workspace, name) for workspace, name in session.execute(marked))
+
+
+def _carriers(session: Any, after: Key | None) -> Iterator[Candidate]:
     stage = func.coalesce(_VERSION.current_stage, STAGE_NONE)
     same = (_ALIAS.workspace == _VERSION.workspace) & (_ALIAS.name == _VERSION.name)
     asked = (
@@ -219,8 +240,3 @@ def _entry(row: Any) -> LogEntry:
         reasons = (str(row["reasons"]),)  # somebody edited it: show what stands there
     told = {name: str(row[name]) for name in LogEntry.__slots__ if name not in ("seq", "reasons")}
     return LogEntry(seq=int(row["seq"]), reasons=reasons, **told)
-
-
-def transaction(store: Any) -> AbstractContextManager[Any]:
-    """A session of the registry's database for reading."""
-    return store.ManagedSessionMaker()  # type: ignore[no-any-return]

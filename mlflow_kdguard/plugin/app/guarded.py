@@ -21,7 +21,7 @@ from sqlalchemy import select
 from mlflow_kdguard.errors import KDGuardError
 from mlflow_kdguard.plugin.app.facts import candidates, marks_of
 from mlflow_kdguard.plugin.app.spots import Guarded, Spot, spots_of
-from mlflow_kdguard.plugin.log.entries import read_head
+from mlflow_kdguard.plugin.log.chain import read_head
 from mlflow_kdguard.plugin.server.settings import Settings
 
 _logger = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ class Immutable:
     def now(self) -> Guarded:
         """Every guarded place; SQLAlchemy's errors where the database does not answer."""
         settings = self._readable()
-        with self._store.ManagedSessionMaker() as session:
+        # The primary database: a replica may not have heard of the last promotion yet.
+        with self._store.ManagedSessionMaker(read_only=False) as session:
             head = read_head(session)
             digest = "" if settings is None else settings.digest
             key = None if head is None else (head.seq, head.digest, digest)
