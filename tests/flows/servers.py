@@ -57,12 +57,13 @@ def serving(
     folder: Path,
     *,
     backend: str | None = None,
+    port: int | None = None,
     options: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[MlflowServer]:
-    """Start `mlflow server` on a free port; `backend` defaults to an SQLite file in `folder`."""
+    """Start `mlflow server`; `backend` defaults to an SQLite file in `folder`, `port` to a free one."""
     folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    port = port or free_port()
     command = [
         *(sys.executable, "-m", "mlflow", "server"),
         *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),

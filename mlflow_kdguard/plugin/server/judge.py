@@ -83,7 +83,8 @@ class Judgement:
     """The answer, and what it rests on.
 
     `files` are the bytes that were judged, None where they could not be read; `digest` is theirs
-    together; `nonce` is the one that the figures were drawn with, empty where there is none.
+    together; `nonce` is the one that the figures were drawn with, empty where there is none;
+    `certificate` is the envelope.
     """
 
     decision: Decision
@@ -92,6 +93,7 @@ class Judgement:
     digest: str | None
     policy_digest: str
     nonce: str = ""
+    certificate: bytes | None = None
 
     @property
     def passed(self) -> bool:
@@ -135,6 +137,7 @@ def judge(
         None if case.files is None else digest_json(case.digests),
         settings.policy_for(version.name).digest,
         case.nonce,
+        case.envelope,
     )
 
 

@@ -1,0 +1,321 @@
+"""The gate: what a store refuses, and how a passing version is promoted.
+
+`GateMixin` stands before MLflow's SQLAlchemy store. Its methods decide whether a change touches
+guarded names; everything else goes to MLflow's own method unchanged.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from mlflow.entities.model_registry.model_version_stages import get_canonical_stage
+
+from mlflow_kdguard.artifacts import CERTIFICATE, DECISION, OVERRIDE, REASON
+from mlflow_kdguard.attest.overrides import Granted
+from mlflow_kdguard.attest.revocation import certificate_digest
+from mlflow_kdguard.errors import CertificateError, KDGuardError
+from mlflow_kdguard.files import sha256
+from mlflow_kdguard.plugin import log
+from mlflow_kdguard.plugin.log import Event
+from mlflow_kdguard.plugin.server import content
+from mlflow_kdguard.plugin.server.judge import Judgement, VersionFacts, judge
+from mlflow_kdguard.plugin.server.reading import Reading, opened
+from mlflow_kdguard.plugin.server.settings import Settings
+from mlflow_kdguard.plugin.store.actor import actor
+from mlflow_kdguard.plugin.store.refusal import Refused, refusing
+from mlflow_kdguard.plugin.store.rows import Rows
+from mlflow_kdguard.plugin.store.transaction import Transactions, Written
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What somebody asks for: an alias or a stage, for one version."""
+
+    name: str
+    version: str
+    workspace: str
+    alias: str
+    action: str
+
+    def __str__(self) -> str:
+        return f"{self.alias!r} for version {self.version} of {self.name!r}"
+
+    def event(self, action: str, decision: str, **more: Any) -> Event:
+        """An entry about it."""
+        return Event(
+            actor=actor(),
+            action=action,
+            workspace=self.workspace,
+            model=self.name,
+            version=self.version,
+            alias=self.alias,
+            decision=decision,
+            **more,
+        )
+
+
+class Gate:
+    """Judges and promotes, for one store."""
+
+    def __init__(self, store: Any, settings: Settings, transactions: Transactions) -> None:
+        self._store, self._settings, self.transactions = store, settings, transactions
+
+    # ── settings ────────────────────────────────────────────────────────────────────────────────
+
+    def known(self) -> Settings:
+        """The settings as they are, or as they were when they could last be read."""
+        try:
+            return self.fresh("")
+        except Refused:
+            return self._settings
+
+    def fresh(self, what: str) -> Settings:
+        """The settings as they are now; a refusal where they cannot be read."""
+        try:
+            settings = self._settings.current()
+        except KDGuardError as error:
+            logger.error("the server's settings cannot be read: %s", error)  # noqa: TRY400
+            raise Refused(what, [f"settings: {error}"]) from error
+        self._settings = settings
+        return settings
+
+    # ── judgement ───────────────────────────────────────────────────────────────────────────────
+
+    def facts(self, name: str, version: str, *, history: bool = False) -> tuple[VersionFacts, bool]:
+        """What the database says about a version, and whether it is a prompt's.
+
+        Raises what MLflow raises where there is no such version.
+        """
+        with self.transactions.plain(read_only=False) as session:
+            row = self._store._get_sql_model_version(session, name, version)
+            rows = Rows(session, str(row.workspace))
+            return rows.facts(row, history=history), rows.is_prompt(name, int(row.version))
+
+    def judged(self, facts: VersionFacts, alias: str, settings: Settings) -> Judgement:
+        """The judgement on a version's bytes as they are now; it writes nothing."""
+
+        def nonce_of(nonce: str) -> log.Nonce | None:
+            with self.transactions.plain(read_only=False) as session:
+                return log.nonces.find(session, nonce)
+
+        return judge(
+            facts,
+            alias,
+            settings,
+            now=datetime.now(UTC),
+            fetch=Reading(self._store, settings),
+            nonce_of=nonce_of,
+        )
+
+    # ── promotion ───────────────────────────────────────────────────────────────────────────────
+
+    def promote(self, name: str, version: str, alias: str, action: str, act: Callable[[], T]) -> T:
+        """Carry out `act`, which gives a guarded alias or stage, where the version may have it.
+
+        Raises Refused with every reason, once it is in the log.
+        """
+        history = self._settings.stated.rollback_days > 0
+        facts, prompt = self.facts(name, version, history=history)
+        if prompt:
+            return act()
+        asked = Asked(facts.name, facts.version, facts.workspace, alias, action)
+        try:
+            return self._passed(asked, facts, act)
+        except Refused as refused:
+            if self._settings.enforcing:
+                self.note(asked, "refuse", refused.reasons)
+                raise
+            return self.noted(asked, "would-refuse", refused.reasons, act)
+
+    def _passed(self, asked: Asked, facts: VersionFacts, act: Callable[[], T]) -> T:
+        settings = self.fresh(str(asked))
+        with refusing(str(asked)):
+            _refuse_spelling(asked, settings)
+            judged = self.judged(facts, asked.alias, settings)
+            granted = None if judged.passed else _override(asked, facts, judged, settings)
+            location = _kept(judged, settings)
+        with self.transactions.logged(str(asked), settings) as written:
+            self._unchanged(written, facts)
+            _enter(written, asked, judged, granted)
+            result = act()
+            self._mark(written, facts, location, granted)
+        return result
+
+    def _unchanged(self, written: Written, facts: VersionFacts) -> None:
+        """What was judged is what is promoted: nothing about the version has changed since."""
+        row = self._store._get_sql_model_version(written.session, facts.name, facts.version)
+        now = Rows(written.session, facts.workspace).facts(row)
+        before, after = ((f.source, f.storage_location, dict(f.tags)) for f in (facts, now))
+        if _decisive(before) != _decisive(after):
+            raise CertificateError("the version was changed while it was judged. Ask again.")
+
+    def _mark(
+        self, written: Written, facts: VersionFacts, location: str | None, granted: Granted | None
+    ) -> None:
+        row = self._store._get_sql_model_version(written.session, facts.name, facts.version)
+        if location is not None:
+            row.storage_location = location
+        why = "every rule holds" if granted is None else f"override {granted.sha256}"
+        tags = {DECISION: "pass" if granted is None else "override", REASON: why}
+        Rows(written.session, facts.workspace).set_tags(facts.name, int(facts.version), tags)
+
+    # ── a certificate under a guarded name ──────────────────────────────────────────────────────
+
+    def certify(self, name: str, version: str, text: str, act: Callable[[], T]) -> T:
+        """Carry out `act`, which stores a certificate; where the version holds a guarded name, the
+        certificate must pass."""
+        facts, _ = self.facts(name, version)
+        held = self._held(facts)
+        asked = Asked(facts.name, facts.version, facts.workspace, held or "", "certificate-refused")
+        if held is not None:
+            renewed = replace(facts, tags={**facts.tags, CERTIFICATE: text})
+            judged = self.judged(renewed, held, self.fresh(str(asked)))
+            if not judged.passed:
+                return self.refuse_or_note(asked, judged.reasons, act)
+        with self.transactions.logged(str(asked), self._settings, strict=False) as written:
+            if self._held(facts, written) != held:
+                raise CertificateError("the version was promoted meanwhile. Ask again.")
+            if held is not None:
+                self._unchanged(written, facts)
+                written.append(
+                    asked.event(
+                        "certificate",
+                        "pass",
+                        certificate=sha256(text.encode("utf-8", "surrogatepass")),
+                    )
+                )
+            return act()
+
+    def _held(self, facts: VersionFacts, written: Written | None = None) -> str | None:
+        """A guarded name that this version holds."""
+        policy = self._settings.policy_for(facts.name)
+        if written is None:
+            with self.transactions.plain(read_only=False) as session:
+                found = list(Rows(session, facts.workspace).held(facts.name, policy))
+        else:
+            found = list(Rows(written.session, facts.workspace).held(facts.name, policy))
+        names = [h.name for h in found if h.version == facts.version and not h.prompt]
+        return names[0] if names else None
+
+    # ── refusals ────────────────────────────────────────────────────────────────────────────────
+
+    def note(self, asked: Asked, action: str, reasons: tuple[str, ...]) -> None:
+        """Write a refusal to the log, and on the version."""
+        with self.transactions.logged(str(asked), self._settings, strict=False) as written:
+            policy = self._settings.policy_for(asked.name).digest
+            written.append(asked.event(action, "refuse", reasons=reasons, policy=policy))
+            if action == "refuse":
+                tags = {DECISION: "refuse", REASON: "; ".join(reasons)[:5000]}
+                rows = Rows(written.session, asked.workspace)
+                rows.set_tags(asked.name, int(asked.version), tags)
+
+    def refuse_or_note(self, asked: Asked, reasons: tuple[str, ...], act: Callable[[], T]) -> T:
+        """Refuse what somebody asked for, and log it; in audit mode log it, and carry it out."""
+        if not self._settings.enforcing:
+            return self.noted(asked, f"would-{asked.action}", reasons, act)
+        self.note(asked, asked.action, reasons)
+        raise Refused(str(asked), reasons)
+
+    def noted(self, asked: Asked, action: str, reasons: tuple[str, ...], act: Callable[[], T]) -> T:
+        """Carry out `act` together with an entry; in audit mode without one, where there is no
+        log to write."""
+        try:
+            with self.transactions.logged(str(asked), self._settings, strict=False) as written:
+                policy = self._settings.policy_for(asked.name).digest
+                written.append(asked.event(action, "allowed", reasons=reasons, policy=policy))
+                return act()
+        except Refused:
+            if self._settings.enforcing:
+                raise
+            logger.exception("%s is not in the log", asked)
+            return act()
+
+
+def _refuse_spelling(asked: Asked, settings: Settings) -> None:
+    guarded = settings.policy_for(asked.name).guarded
+    names = guarded.aliases if asked.action == "promote" else ()
+    if asked.action == "promote" and asked.alias not in names:
+        raise CertificateError(
+            f"alias: {asked.alias!r} is another spelling of a guarded alias "
+            f"({', '.join(names)}), and would be taken for it."
+        )
+
+
+def _override(asked: Asked, facts: VersionFacts, judged: Judgement, settings: Settings) -> Granted:
+    """The override under which a version is promoted that does not pass; else the refusal."""
+    reasons = list(judged.reasons)
+    text = facts.tags.get(OVERRIDE)
+    if text is not None and not settings.stated.overrides:
+        reasons.append("override: this server's settings do not allow overrides.")
+    elif text is not None and judged.files is not None and _safe(judged):
+        try:
+            return log.overrides.check(
+                text.encode("utf-8", "surrogatepass"),
+                verifiers=settings.verifiers,
+                now=datetime.now(UTC),
+                files=judged.files,
+                model=asked.name,
+                version=asked.version,
+                alias=asked.alias,
+                workspace=asked.workspace,
+                registries=settings.identities(asked.workspace),
+            )
+        except KDGuardError as error:
+            reasons.append(f"override: {error}")
+    raise Refused(str(asked), reasons)
+
+
+def _safe(judged: Judgement) -> bool:
+    """What no override waives: where the bytes lie, and that they can serve one model only."""
+    return not {"bytes", "bundle"}.intersection(judged.decision.failed)
+
+
+def _kept(judged: Judgement, settings: Settings) -> str | None:
+    """Where the judged bytes are from now on; audit mode moves nothing."""
+    if not settings.enforcing:
+        return None
+    assert judged.files is not None  # a version passes with its files only
+    assert judged.digest is not None
+    return content.keep(judged.files, judged.digest, settings.stated.content, opened=opened)
+
+
+def _enter(written: Written, asked: Asked, judged: Judgement, granted: Granted | None) -> None:
+    if granted is not None:
+        written.wrote(
+            log.overrides.accept(
+                written.session,
+                granted,
+                actor=actor(),
+                now=written.now,
+                signer=written.settings.signer,
+                policy=judged.policy_digest,
+                reasons=judged.reasons,
+                verifiers=written.settings.verifiers,
+            )
+        )
+        return
+    written.append(
+        asked.event(
+            asked.action,
+            "pass",
+            certificate=judged.certificate_sha256,
+            policy=judged.policy_digest,
+        )
+    )
+    if judged.nonce and judged.certificate is not None:
+        log.nonces.use(written.session, judged.nonce, certificate_digest(judged.certificate))
+
+
+def _decisive(facts: tuple[str, str | None, dict[str, str]]) -> tuple[Any, ...]:
+    source, location, tags = facts
+    return source, location, {k: v for k, v in tags.items() if k not in (DECISION, REASON)}
+
+
+def canonical(stage: str) -> str:
+    """The stage that MLflow takes this spelling for; MLflow's own error where it is none."""
+    return str(get_canonical_stage(stage))

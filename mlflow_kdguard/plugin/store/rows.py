@@ -1,0 +1,118 @@
+"""What the registry's tables say about a model: its guarded names, its versions, its prompts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mlflow.entities.model_registry.model_version_stages import ALL_STAGES
+from mlflow.entities.model_registry.prompt_version import IS_PROMPT_TAG_KEY
+from mlflow.prompt.constants import _PROMPT_SOURCE_PLACEHOLDERS
+from mlflow.store.model_registry.dbmodels.models import (
+    SqlModelVersion,
+    SqlModelVersionTag,
+    SqlRegisteredModelAlias,
+    SqlRegisteredModelTag,
+)
+from sqlalchemy import select
+
+from mlflow_kdguard.plugin.log import tables
+from mlflow_kdguard.plugin.server.judge import VersionFacts
+from mlflow_kdguard.policy import Policy
+
+PROMOTIONS = ("promote", "stage")
+"""Actions of the log's entries about a version that was given an alias or a stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A guarded alias or stage, and the version that carries it."""
+
+    name: str
+    version: str
+    prompt: bool
+
+    def __str__(self) -> str:
+        return f"{self.name} (version {self.version})"
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """One workspace's rows, read in one session."""
+
+    session: Any
+    workspace: str
+
+    def facts(self, row: SqlModelVersion, *, history: bool = False) -> VersionFacts:
+        """The facts about one version; `history` asks the log for its promotions, too."""
+        name, version = str(row.name), int(row.version)
+        tags = self._tags(SqlModelVersionTag, name, SqlModelVersionTag.version == version)
+        return VersionFacts(
+            name=name,
+            version=str(version),
+            workspace=self.workspace,
+            source=str(row.source),
+            storage_location=row.storage_location,
+            tags=tags,
+            previously_promoted=self._promoted(name, version) if history else frozenset(),
+        )
+
+    def held(self, name: str, policy: Policy) -> Iterator[Held]:
+        """The guarded names that versions of a model carry."""
+        alias = SqlRegisteredModelAlias
+        pairs = select(alias.alias, alias.version).where(*self._of(alias, name))
+        found = [(str(a), int(v)) for a, v in self.session.execute(pairs) if policy.guards_alias(a)]
+        version = SqlModelVersion
+        if guarded := [stage for stage in ALL_STAGES if policy.guards_stage(stage)]:
+            staged = select(version.current_stage, version.version).where(
+                *self._of(version, name), version.current_stage.in_(guarded)
+            )
+            found += [(str(stage), int(v)) for stage, v in self.session.execute(staged)]
+        for stated, number in found:
+            yield Held(stated, str(number), self.is_prompt(name, number))
+
+    def is_prompt(self, name: str, version: int) -> bool:
+        """Whether a version is a prompt's: marked as such, and without any artifact."""
+        marks = self._tags(SqlRegisteredModelTag, name)
+        if marks.get(IS_PROMPT_TAG_KEY, "false").lower() != "true":
+            return False
+        asked = select(SqlModelVersion.source, SqlModelVersion.storage_location)
+        where = (*self._of(SqlModelVersion, name), SqlModelVersion.version == version)
+        found = self.session.execute(asked.where(*where)).one_or_none()
+        return found is not None and all(
+            uri is None or uri in _PROMPT_SOURCE_PLACEHOLDERS for uri in found
+        )
+
+    def carries(self, name: str, alias: str) -> str | None:
+        """The version that an alias stands for."""
+        table = SqlRegisteredModelAlias
+        asked = select(table.version).where(*self._of(table, name), table.alias == alias)
+        found = self.session.execute(asked).scalar()
+        return None if found is None else str(found)
+
+    def set_tags(self, name: str, version: int, tags: dict[str, str]) -> None:
+        """Write tags of a version, whatever they were."""
+        for key, value in tags.items():
+            self.session.merge(
+                SqlModelVersionTag(
+                    workspace=self.workspace, name=name, version=version, key=key, value=value
+                )
+            )
+
+    def _tags(self, table: Any, name: str, *more: Any) -> dict[str, str]:
+        rows = self.session.execute(
+            select(table.key, table.value).where(*self._of(table, name), *more)
+        )
+        return {str(key): "" if value is None else str(value) for key, value in rows}
+
+    def _promoted(self, name: str, version: int) -> frozenset[str]:
+        entry = tables.log.c
+        asked = select(entry.certificate).where(
+            entry.action.in_(PROMOTIONS),
+            entry.workspace == self.workspace,
+            entry.model == name,
+            entry.version == str(version),
+        )
+        return frozenset(self.session.execute(asked.distinct()).scalars())
+
+    def _of(self, table: Any, name: str) -> tuple[Any, Any]:
+        return table.workspace == self.workspace, table.name == name

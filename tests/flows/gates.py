@@ -1,0 +1,317 @@
+"""Gated servers for tests: settings, keys and a content root in a folder, and certified versions.
+
+    with gated(folder) as gate:
+        version = gate.certified("digits")        # a toy network under a certificate that passes
+        gate.client.set_registered_model_alias("digits", "champion", version)
+
+No network is trained: a certificate is signed about whatever bytes a test likes.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+import certificates as c
+import toys
+from flows.servers import MlflowServer, free_port, serving
+from mlflow_kdguard import attest
+from mlflow_kdguard.artifacts import CERTIFICATE
+from mlflow_kdguard.attest import Signer, signing
+from mlflow_kdguard.draw import draw
+from mlflow_kdguard.files import sha256
+from mlflow_kdguard.records import AuditFigure, Certificate, Model, Rate, format_time
+from mlflow_kdguard.registry.bundle import student_files
+
+PINNED = {"data": {"sha256": [c.TEST.sha256]}}
+"""A policy that accepts the data of `certificates`."""
+_seeds = itertools.count(1)
+
+
+@dataclass
+class Operator:
+    """What an operator keeps: the settings file, the keys, the content root; all in one folder."""
+
+    folder: Path
+    uri: str
+    stated: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def install(folder: Path, uri: str, **stated: Any) -> "Operator":
+        """Make keys (builder Bea, verifier Vic, a log key) and settings in `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        long_ago = datetime(2020, 1, 1, tzinfo=UTC)
+        for name, owner, role in (("bea", "Bea", "builder"), ("vic", "Vic", "verifier")):
+            signing.keygen(folder / "private" / name, owner=owner, role=role, now=long_ago)  # type: ignore[arg-type]
+            record = (folder / "private" / f"{name}.pub").read_bytes()
+            (folder / "keys").mkdir(exist_ok=True)
+            (folder / "keys" / f"{name}.pub").write_bytes(record)
+        signing.keygen(folder / "log.pem", owner="Server", role="builder", now=long_ago)
+        made = Operator(folder, uri)
+        made.write(
+            **{
+                "version": 1,
+                "registry": [uri],
+                "policy": "policy.yaml",
+                "keys": "keys",
+                "allow": ["mlflow-artifacts:/", f"file://{folder.parent / 'artifacts'}"],
+                "content": {"root": f"file://{folder / 'content'}"},
+                "log": {"key": "log.pem", "head": "log-head.jsonl"},
+            }
+            | stated
+        )
+        return made
+
+    @property
+    def settings(self) -> Path:
+        """The file that KDGUARD_SERVER names."""
+        return self.folder / "server.yaml"
+
+    @property
+    def content(self) -> Path:
+        """The content root."""
+        return self.folder / "content"
+
+    @property
+    def heads(self) -> Path:
+        """Where the log's heads are published."""
+        return self.folder / "log-head.jsonl"
+
+    def write(self, *, rules: Mapping[str, Any] = PINNED, **stated: Any) -> None:
+        """Write settings with a higher version; what is not named stays. None takes a key out."""
+        if self.stated and "version" not in stated:
+            stated["version"] = self.stated["version"] + 1
+        self.stated = {k: v for k, v in (self.stated | stated).items() if v is not None}
+        (self.folder / "policy.yaml").write_text(yaml.safe_dump({"policy": dict(rules)}))
+        self.settings.write_text(yaml.safe_dump(self.stated))
+
+    def signer(self, name: str = "vic") -> Signer:
+        """A private key: "bea" or "vic"."""
+        return Signer.load(self.folder / "private" / name)
+
+    def certificate(self, files: Mapping[str, bytes], name: str, **changes: Any) -> Certificate:
+        """A certificate about these files that passes, unless something in it is changed."""
+        return passing(files, name=name, registry=self.uri, **changes)
+
+    def sign(self, certificate: Certificate, *names: str) -> bytes:
+        """Sign a certificate with every key named; the verifier's where none is."""
+        first, *others = names or ("vic",)
+        envelope = attest.issue(certificate, self.signer(first))
+        for name in others:
+            envelope = attest.cosign(envelope, self.signer(name))
+        return envelope
+
+
+@dataclass
+class Gate:
+    """A running gated server, its operator, and a client."""
+
+    server: MlflowServer
+    operator: Operator
+    client: MlflowClient
+    database: str
+
+    @property
+    def uri(self) -> str:
+        """The server's URI."""
+        return self.server.uri
+
+    def registered(
+        self, name: str, files: Mapping[str, bytes], *, tags: Mapping[str, str] | None = None
+    ) -> tuple[str, str]:
+        """Store files under a run of their own, and register them: version and run id."""
+        with contextlib.suppress(MlflowException):
+            self.client.create_registered_model(name)
+        run = self.client.create_run("0").info
+        self.upload(run.run_id, files)
+        version = self.client.create_model_version(
+            name, f"{run.artifact_uri}/model", run_id=run.run_id, tags=dict(tags or {}),
+            await_creation_for=0,
+        )  # fmt: skip
+        return str(version.version), str(run.run_id)
+
+    def upload(self, run_id: str, files: Mapping[str, bytes], folder: str = "model") -> None:
+        """Write files below a folder of a run's artifacts, over whatever is there."""
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as place:
+            for path, data in files.items():
+                (Path(place) / path).parent.mkdir(parents=True, exist_ok=True)
+                (Path(place) / path).write_bytes(data)
+            self.client.log_artifacts(run_id, place, folder)
+
+    def certified(self, name: str, files: Mapping[str, bytes] | None = None, **changes: Any) -> str:
+        """A new version with a certificate that passes, unless something in it is changed."""
+        held = toy_bundle() if files is None else files
+        version, _ = self.registered(name, held)
+        self.certify(name, version, self.operator.sign(
+            self.operator.certificate(held, name, **changes)
+        ))  # fmt: skip
+        return version
+
+    def certify(self, name: str, version: str, envelope: bytes) -> None:
+        """Store a certificate with a version."""
+        self.client.set_model_version_tag(name, version, CERTIFICATE, envelope.decode())
+
+    def promote(self, name: str, version: str, alias: str = "champion") -> None:
+        """Ask for a guarded alias."""
+        self.client.set_registered_model_alias(name, alias, version)
+
+    def alias(self, name: str, alias: str = "champion") -> str | None:
+        """The version that an alias stands for."""
+        found = self.client.get_registered_model(name).aliases.get(alias)
+        return None if found is None else str(found)
+
+    def location(self, name: str, version: str) -> str:
+        """The URI that clients are sent to."""
+        return str(self.client.get_model_version_download_uri(name, version))
+
+
+def toy_bundle(seed: int | None = None) -> dict[str, bytes]:
+    """The bundle of a random network of a few neurons; another one at each call without `seed`."""
+    chosen = next(_seeds) if seed is None else seed
+    return student_files(toys.onnx_tiny(seed=chosen))
+
+
+def passing(
+    files: Mapping[str, bytes],
+    *,
+    name: str,
+    registry: str,
+    nonce: str = "",
+    days: float = 30,
+    now: datetime | None = None,
+    **changes: Any,
+) -> Certificate:
+    """A certificate about `files` that passes the packaged policy with PINNED.
+
+    `now` is when it was issued (by default a minute ago), `days` how long it lasts; other changes
+    go to `certificates.certificate`.
+    """
+    student = Model(sha256=sha256(files["model.onnx"]))
+    issued = now or datetime.now(UTC) - timedelta(minutes=1)
+    parts = (c.REFERENCE, student.sha256, c.TEST.sha256, nonce)
+    drawn = draw(c.POPULATION, c.SAMPLES, *parts)
+    values: dict[str, Any] = {
+        "subjects": attest.subjects_of(files),
+        "model_name": name,
+        "registry": registry,
+        "student": student,
+        "accuracy": Rate(k=945, n=1000),
+        "faithful": (
+            c.faithful(student=student, indices=drawn, nonce=nonce, within=Rate(k=99, n=c.SAMPLES)),
+        ),
+        "audit": {
+            "teacher": AuditFigure(model=Model(sha256=c.TEACHER), verdict="suspect", target=0),
+            "student": AuditFigure(model=student, verdict="undecided"),
+        },
+        "export": c.parity(model=student),
+        "figures_from": "recomputed",
+        "issued": format_time(issued),
+        "expires": format_time(issued + timedelta(days=days)),
+    }
+    return c.certificate(**(values | changes))
+
+
+@contextlib.contextmanager
+def gated(
+    folder: Path,
+    *,
+    database: str | None = None,
+    workers: int = 1,
+    auth: bool = False,
+    app: bool = False,
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    **stated: Any,
+) -> Iterator[Gate]:
+    """Start a gated server in `folder`; `database` defaults to an SQLite file there.
+
+    `auth` puts MLflow's basic-auth before it (admin / password1234), `app` runs our own app. What
+    is `stated` goes to the settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    operator = Operator.install(folder / "operator", f"http://127.0.0.1:{port}", **stated)
+    backend = database or f"sqlite:///{folder / 'mlflow.db'}"
+    name = "kdguard" if app else "basic-auth" if auth else ""
+    extra = {"KDGUARD_SERVER": str(operator.settings)}
+    if app and not auth:
+        extra["KDGUARD_AUTH"] = "none"
+    if auth:
+        extra |= _with_users(folder)
+    command = [
+        *("--registry-store-uri", f"kdguard+{backend}", "--workers", str(workers)),
+        *(("--app-name", name) if name else ()),
+        *options,
+    ]
+    with serving(
+        folder,
+        backend=backend,
+        port=port,
+        options=command,
+        environment=extra | dict(environment or {}),
+    ) as server:
+        with _signed_in(auth):
+            client = MlflowClient(server.uri, server.uri)
+            yield Gate(server, operator, client, backend)
+
+
+@contextlib.contextmanager
+def answering_quickly() -> Iterator[None]:
+    """Clients that do not try again for minutes."""
+    with _environment({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}):
+        yield
+
+
+def reasons(error: MlflowException) -> str:
+    """What a refusal says; it must be a 403."""
+    assert error.error_code == "PERMISSION_DENIED", error
+    return str(error.message)
+
+
+def _with_users(folder: Path) -> dict[str, str]:
+    config = folder / "auth.ini"
+    config.write_text(
+        "[mlflow]\ndefault_permission = READ\n"
+        f"database_uri = sqlite:///{folder / 'auth.db'}\n"
+        "admin_username = admin\nadmin_password = password1234\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    return {"MLFLOW_AUTH_CONFIG_PATH": str(config), "MLFLOW_FLASK_SERVER_SECRET_KEY": "a test's"}
+
+
+@contextlib.contextmanager
+def _signed_in(auth: bool) -> Iterator[None]:
+    admin = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "password1234"}
+    with _environment(admin if auth else {}):
+        yield
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key, None)
+            if value is not None:
+                os.environ[key] = value
+
+
+def heads(operator: Operator) -> list[dict[str, Any]]:
+    """The heads that were published."""
+    if not operator.heads.exists():
+        return []
+    return [json.loads(line) for line in operator.heads.read_text().splitlines() if line]
