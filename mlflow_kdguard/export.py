@@ -86,6 +86,24 @@ def to_onnx(
     return Exported(path=str(path), sha256=read.sha256, parity=parity)
 
 
+def reading_parity(data: bytes, images: Images, *, where: str, device: torch.device) -> Parity:
+    """How far onnxruntime is from our own float64 reading of the bytes, on every image.
+
+    The bounds speak of the reading, the figures of onnxruntime, and what serves is the bytes: the
+    trained network that they came from is not asked. `images` is N×C×H×W in [0,1]. A difference is
+    a figure, not an error. Raises ModelError for bytes that are not read, NonFiniteError for NaN
+    or infinity.
+    """
+    read = graph.read(data, where=where)
+    runtime = _runtime(data, device)
+    channels, height, width = read.input_shape
+    images = _checked(images, (channels, height, width), len(images))
+    parts = [images[start : start + _BATCHES[-1]] for start in range(0, len(images), _BATCHES[-1])]
+    exact = np.concatenate([graph.evaluate(read, part.astype(np.float64)) for part in parts])
+    parity = _parity(exact, runtime, images, Model(sha256=read.sha256))
+    return parity.model_copy(update={"provider": f"{parity.provider}, against float64"})
+
+
 def _checked(images: Images, shape: tuple[int, int, int], count: int) -> Images:
     if images.ndim != 4 or images.shape[1:] != tuple(shape) or not len(images):
         raise UsageError(
@@ -121,23 +139,28 @@ def _torch_logits(net: nn.Module, images: Images, device: torch.device) -> Logit
 
 
 def _compare(expected: Logits, runtime: _Runtime, images: Images, exported: Model) -> Parity:
+    parity = _parity(expected, runtime, images, exported)
+    same = parity.argmax
+    if parity.softmax_max > PARITY or same.k < same.n:
+        raise ExportError(
+            f"the exported graph disagrees with the network: softmax by {parity.softmax_max:.2e} "
+            f"(limit {PARITY:.0e}), the class on {same.n - same.k} of {same.n} images.",
+            remedy="Do not use this export; report the architecture as a bug.",
+        )
+    return parity
+
+
+def _parity(expected: NDArray[Any], runtime: _Runtime, images: Images, exported: Model) -> Parity:
     actual = runtime.logits(images, _BATCHES[-1])
     if not np.isfinite(expected).all() or not np.isfinite(actual).all():
         raise NonFiniteError(
             "the network answers some images with NaN or infinity.",
             remedy="Train again, or export from a checkpoint taken before training diverged.",
         )
-    difference = _distance(expected, actual)
     equal = _same_class(expected, actual)
-    if difference > PARITY or not equal.all():
-        raise ExportError(
-            f"the exported graph disagrees with the network: softmax by {difference:.2e} "
-            f"(limit {PARITY:.0e}), the class on {int((~equal).sum())} of {len(images)} images.",
-            remedy="Do not use this export; report the architecture as a bug.",
-        )
     return Parity(
         model=exported,
-        softmax_max=difference,
+        softmax_max=_distance(expected, actual),
         argmax=Rate(k=int(equal.sum()), n=len(images)),
         provider=runtime.provider,
     )

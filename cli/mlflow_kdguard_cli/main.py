@@ -27,6 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "attest:check",
         "Check a certificate against a file; needs neither torch nor mlflow.",
     ),
+    "verify": (
+        "verify:verify",
+        "Measure a version again from its bytes, and sign as verifier.",
+    ),
     "gate": ("promote:gate", "The promotion decision, without acting on it."),
     "promote": ("promote:promote", "The decision, then the alias if it passes."),
     "doctor": ("doctor:doctor", "What is installed, what is missing, what each command needs."),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from mlflow_kdguard import attest, bundle, gate
-from mlflow_kdguard.attest import Checked
+from mlflow_kdguard.attest import Checked, Revocations
 from mlflow_kdguard.attest.signing import Verifier
 from mlflow_kdguard.errors import CertificateError, ModelError
 from mlflow_kdguard.policy import Policy
@@ -22,16 +22,19 @@ def judge(
     pins: Sequence[str] = (),
     panel: Sequence[str] = (),
     allow_unpinned: bool = False,
+    nonce: str = "",
+    revoked: Revocations | None = None,
 ) -> Decision:
     """Decide whether the version at `uri` may be promoted.
 
+    `nonce` is the one that was handed out for its measurement, `revoked` what was taken back.
     Its files are downloaded and hashed, the shape of the bundle and the certificate are checked,
     and the policy decides. Whatever does not hold is a refusal with its reason, not an error.
     Raises RegistryError where MLflow does not answer.
     """
     stored = registry.download(uri)
     try:
-        checked = _believed(registry, stored, verifiers, now)
+        checked = _believed(registry, stored, verifiers, now=now, revoked=revoked)
     except (CertificateError, ModelError) as error:
         return gate.decide(None, policy, signers=(), now=now, problem=str(error))
     return gate.decide(
@@ -42,11 +45,17 @@ def judge(
         pins=pins,
         panel=panel,
         allow_unpinned=allow_unpinned,
+        nonce=nonce,
     )
 
 
 def _believed(
-    registry: Registry, stored: Bundle, verifiers: Sequence[Verifier], now: datetime
+    registry: Registry,
+    stored: Bundle,
+    verifiers: Sequence[Verifier],
+    *,
+    now: datetime,
+    revoked: Revocations | None,
 ) -> Checked:
     bundle.check(stored.files)
     envelope = stored.certificate()
@@ -59,4 +68,5 @@ def _believed(
         now=now,
         model_name=stored.name,
         registry=registry.identity,
+        revoked=revoked,
     )

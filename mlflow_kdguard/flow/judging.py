@@ -6,25 +6,21 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from mlflow_kdguard import attest
-from mlflow_kdguard.certify import certify as bound
 from mlflow_kdguard.files import read_bytes, sha256_file, write_bytes, write_json
 from mlflow_kdguard.flow.decision import judge
+from mlflow_kdguard.flow.evidence import pack
 from mlflow_kdguard.flow.given import TEACHER, Images
 from mlflow_kdguard.flow.making import REFERENCE, STUDENT, audit_report, trigger_file
-from mlflow_kdguard.flow.work import Entry, Produced, Work, dump, tools
+from mlflow_kdguard.flow.measuring import Nets, Stated, crossing
+from mlflow_kdguard.flow.work import Entry, Produced, Work, dump
 from mlflow_kdguard.measure import Attack
-from mlflow_kdguard.measure import measure as take
 from mlflow_kdguard.records import (
     Certificate,
     CertifyReport,
     Decision,
     Figures,
     Measurement,
-    Model,
     Parity,
-    Source,
-    Subject,
-    format_time,
     parse_time,
 )
 from mlflow_kdguard.records.gather import figures_of
@@ -54,6 +50,15 @@ class Made:
         """The ONNX file that ships."""
         return self.exported.path(STUDENT)
 
+    def nets(self, baseline: Path | None = None) -> Nets:
+        """The bytes of the networks that are judged."""
+        return Nets(
+            student=read_bytes(self.student_file, what="the student"),
+            teacher=read_bytes(self.teacher.path(TEACHER), what="the teacher"),
+            reference=read_bytes(self.reference.path(REFERENCE), what="the reference"),
+            baseline=None if baseline is None else read_bytes(baseline, what="the baseline"),
+        )
+
 
 def measured(work: Work, made: Made, audits: Sequence[Entry], shown: Images) -> Entry:
     """Accuracy, attack success and reference gap on the exported bytes."""
@@ -74,13 +79,9 @@ def measured(work: Work, made: Made, audits: Sequence[Entry], shown: Images) -> 
             *((Trigger.load(path), target, "supplied") for path, target, _ in supplied),
             *((Trigger.load(path), target, "recovered") for path, target in recovered),
         ]
-        result = take(
-            read_bytes(made.student_file, what="the student"),
+        result = made.nets(work.baseline).measured(
             shown.test,
-            triggers=triggers,
-            teacher=read_bytes(made.teacher.path(TEACHER), what="the teacher"),
-            reference=read_bytes(made.reference.path(REFERENCE), what="the reference"),
-            baseline=None if work.baseline is None else read_bytes(work.baseline, what="baseline"),
+            triggers,
             batch=work.config.measure.batch,
             device=work.device,
             progress=work.progress,
@@ -103,14 +104,8 @@ def certified(work: Work, made: Made, shown: Images) -> Entry:
     }
 
     def compute(entry: Entry) -> Produced:
-        report = bound(
-            read_bytes(made.reference.path(REFERENCE), what="the reference"),
-            read_bytes(made.student_file, what="the student"),
-            shown.test,
-            config=section,
-            nonce=work.nonce,
-            device=work.device,
-            progress=work.progress,
+        report = made.nets().bounded(
+            shown.test, section, nonce=work.nonce, device=work.device, progress=work.progress
         )
         write_json(entry.path(CERTIFY), report.document())
         return Produced([CERTIFY], {"certify": dump(report)}, documents=(report.document(),))
@@ -129,24 +124,38 @@ def figures(made: Made, measure: Entry, bounds: Entry, student_audit: Entry) -> 
 
 
 def registered(work: Work, made: Made) -> Entry:
-    """Store the exported student as a model version; it gets no alias here."""
+    """Store the exported student as a model version; it gets no alias here.
+
+    What it is held against is stored beside it, for a verifier in another place.
+    """
     lineage = {
         "kdguard.reference": sha256_file(made.reference.path(REFERENCE)),
         "kdguard.teacher": sha256_file(made.teacher.path(TEACHER)),
     }
+    supplied = [trigger_file(text) for text in work.config.measure.triggers]
     inputs = {
         "student": sha256_file(made.student_file),
         "name": work.config.registry.model_name,
         "registry": work.registry.identity,
         "lineage": lineage,
+        "triggers": [[digest, target] for _, target, digest in supplied],
     }
 
     def compute(_entry: Entry) -> Produced:
+        nets = made.nets()
         version = work.registry.register_student(
             work.config.registry.model_name,
-            read_bytes(made.student_file, what="the student"),
+            nets.student,
             run=work.run,
             tags=lineage,
+            held_against=pack(
+                nets.student,
+                reference=nets.reference,
+                teacher=nets.teacher,
+                triggers=[
+                    (read_bytes(path, what="the trigger"), target) for path, target, _ in supplied
+                ],
+            ),
         )
         return Produced([], {"version": dump(version)})
 
@@ -231,36 +240,23 @@ def promoted(work: Work, version: Registered) -> str:
 def _certificate(
     work: Work, made: Made, taken: Figures, version: Registered, shown: Images
 ) -> Certificate:
-    now = datetime.now(UTC)
-    seen = (shown.transfer, shown.clean, shown.test)
-    return Certificate(
-        subjects=tuple(Subject(path=path, sha256=sha) for path, sha in version.files.items()),
-        model_name=version.name,
-        registry=version.registry,
-        reference=Model(sha256=sha256_file(made.reference.path(REFERENCE))),
-        teacher=Model(sha256=sha256_file(made.teacher.path(TEACHER))),
-        data=tuple(Source(uri=data.uri, sha256=data.sha256) for data in seen),
-        triggers=tuple(figure.trigger for figure in taken.asr),
-        figures=taken,
-        figures_from="imported",
-        config=work.config.digest,
-        seed=work.config.run.seed,
-        tools=tools(),
-        issued=format_time(now),
-        expires=format_time(now + timedelta(days=work.config.attest.expires_after_days)),
+    stated = Stated(
+        version.files,
+        version.name,
+        version.registry,
+        reference=sha256_file(made.reference.path(REFERENCE)),
+        teacher=sha256_file(made.teacher.path(TEACHER)),
+        data=(shown.transfer, shown.clean, shown.test),
     )
+    return stated.certificate(taken, origin="imported", config=work.config)
 
 
 def _recovered(audits: Sequence[Entry]) -> list[tuple[Path, int]]:
-    """Triggers inverted on the teacher, and on the student where its audit flagged a class.
-
-    A universal perturbation can be found for any network; on an unflagged student it is that, and
-    says nothing about a backdoor. The teacher's strongest one asks whether *that* crossed over.
-    """
-    teacher, student = audits
-    flagged = [student] if audit_report(student).verdict == "suspect" else []
-    return [
-        (entry.path(file), target)
-        for entry in (teacher, *flagged)
-        for file, target in entry.recorded["recovered"]
-    ]
+    teacher, student = (
+        (
+            audit_report(entry),
+            [(entry.path(file), target) for file, target in entry.recorded["recovered"]],
+        )
+        for entry in audits
+    )
+    return crossing(teacher, student)

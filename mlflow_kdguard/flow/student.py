@@ -51,7 +51,12 @@ def train_student(
 
 def from_onnx(path: Path) -> nn.Module:
     """The torch network that computes exactly the graph in `path`."""
-    return convert.to_torch(graph.read(read_bytes(path, what="the model"), where=str(path)))
+    return from_bytes(read_bytes(path, what="the model"), where=str(path))
+
+
+def from_bytes(data: bytes, *, where: str) -> nn.Module:
+    """The torch network that computes exactly the graph in `data`."""
+    return convert.to_torch(graph.read(data, where=where))
 
 
 def architecture_for(arch: str, clean: Dataset) -> Architecture:

@@ -18,14 +18,16 @@ from mlflow_kdguard.config import RegistrySection
 from mlflow_kdguard.errors import RegistryError
 from mlflow_kdguard.files import read_bytes, sha256, write_bytes
 from mlflow_kdguard.records import Decision, Source
-from mlflow_kdguard.registry import bundle
+from mlflow_kdguard.registry import bundle, evidence
 from mlflow_kdguard.registry.bundle import ARCHITECTURE, WEIGHTS, Bundle
 from mlflow_kdguard.registry.client import Connection
+from mlflow_kdguard.registry.evidence import EVIDENCE
 from mlflow_kdguard.registry.metrics import RULES, metrics_of
+from mlflow_kdguard.registry.nonces import Nonce, handed_out
 from mlflow_kdguard.registry.runs import STAGE, WORK, WORK_DIR, Run, create, ended, search
 from mlflow_kdguard.registry.versions import Registered, Versions
 
-__all__ = ["RULES", "Bundle", "Registered", "Registry", "Run", "metrics_of"]
+__all__ = ["RULES", "Bundle", "Nonce", "Registered", "Registry", "Run", "metrics_of"]
 
 log = logging.getLogger(__name__)
 
@@ -127,15 +129,24 @@ class Registry:
     # ── models ──────────────────────────────────────────────────────────────────────────────────
 
     def register_student(
-        self, name: str, onnx: bytes, *, run: Run, tags: Mapping[str, str] | None = None
+        self,
+        name: str,
+        onnx: bytes,
+        *,
+        run: Run,
+        tags: Mapping[str, str] | None = None,
+        held_against: Mapping[str, bytes] | None = None,
     ) -> Registered:
         """Store an exported student as a new version of `name`, byte for byte, without an alias.
 
-        `mlflow.pyfunc.load_model(registered.uri)` serves it. Raises ModelError where `onnx` is
-        not a classifier of images.
+        `mlflow.pyfunc.load_model(registered.uri)` serves it. `held_against` are the files that a
+        verifier needs beside it (`evidence`). Raises ModelError where `onnx` is not a classifier
+        of images.
         """
         marks = {"kdguard.kind": "student", "kdguard.sha256": sha256(onnx), **(tags or {})}
         files = bundle.student_files(onnx)
+        if held_against is not None:
+            marks[EVIDENCE] = evidence.store(self._versions, held_against, run=run)
         return self._versions.register(name, files, run=run, kind="student", tags=marks)
 
     def register_teacher(
@@ -176,6 +187,14 @@ class Registry:
     def download(self, uri: str, *, limit: int = bundle.LARGEST) -> Bundle:
         """The raw bytes of `models:/name/version`, `models:/name@alias` or a path (`Versions`)."""
         return self._versions.download(uri, limit=limit)
+
+    def evidence(self, uri: str, *, limit: int = bundle.LARGEST) -> dict[str, bytes] | None:
+        """What the version was registered with to be held against; None where there is nothing."""
+        return evidence.fetch(self._versions, uri, limit=limit)
+
+    def nonce(self, name: str, subject: str) -> Nonce | None:
+        """A new nonce for the model with the SHA-256 `subject`; None where the server has none."""
+        return handed_out(self._connection, name, subject)
 
     def fetch(self, uri: str, folder: Path, *, onnx: bool = False) -> Path:
         """Write a version's files below `folder`; the path of the one to read a network from.

@@ -137,9 +137,9 @@ class Versions:
         self.tag(version, {CERTIFICATE: text})
 
     def run_of(self, version: ModelVersion) -> Run:
-        """The run that a version comes from."""
+        """The run that a version comes from; RegistryError where it has none."""
         with self.connection.answering(f"find the run {version.run_id}"):
-            return Run(self.connection, self.connection.client.get_run(version.run_id))
+            return Run(self.connection, self.connection.client.get_run(version.run_id or ""))
 
     def record_decision(self, uri: str, decision: Decision) -> None:
         """Say on the version what the gate decided, and why where it refused."""

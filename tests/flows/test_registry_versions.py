@@ -215,7 +215,7 @@ def test_a_source_that_is_no_artifact_store_is_refused_before_any_connection(
 
     monkeypatch.setattr(versions, "get_artifact_repository", connect)
     with pytest.raises(UnsafeModelError, match="artifact store"):
-        versions.Versions(None)._fetch(source, 1000)  # type: ignore[arg-type]
+        versions.Versions(None).fetch(source, 1000)  # type: ignore[arg-type]
 
 
 def test_a_logged_model_of_plain_mlflow_is_read_too(mlflow_server: MlflowServer) -> None:

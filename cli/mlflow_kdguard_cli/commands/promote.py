@@ -20,11 +20,22 @@ KEYS = click.option(
     help="Public record of a trusted key (.pub); repeat for more.",
 )
 
+NONCE = click.option(
+    "--nonce", default="", help="Nonce that was handed out for the certificate's draw of images."
+)
+REVOKED = click.option(
+    "--revoked",
+    type=click.Path(path_type=Path),
+    help="List of certificates and keys that are taken back (YAML).",
+)
+
 
 @click.command()
 @click.argument("model")
 @KEYS
 @options.gate_options
+@NONCE
+@REVOKED
 @options.data_root
 @options.registry_options
 @options.as_json
@@ -48,6 +59,8 @@ def gate(**flags: Any) -> int:
 @click.option("--alias", default="champion", show_default=True, help="Alias to set on a pass.")
 @KEYS
 @options.gate_options
+@NONCE
+@REVOKED
 @options.data_root
 @options.registry_options
 @options.as_json
@@ -74,7 +87,7 @@ def promote(**flags: Any) -> int:
 
 
 def _decide(registry: Any, uri: str, flags: dict[str, Any]) -> "Decision":
-    from mlflow_kdguard.attest.signing import Verifier
+    from mlflow_kdguard.attest import Revocations, Verifier
     from mlflow_kdguard.flow.decision import judge
 
     if flags["policy_file"] == "":  # an unset variable must not choose another policy
@@ -88,6 +101,8 @@ def _decide(registry: Any, uri: str, flags: dict[str, Any]) -> "Decision":
         pins=options.pinned(flags["pins"], flags["data_root"]),
         panel=options.panel_digests(flags["panel"]),
         allow_unpinned=flags["allow_unpinned"],
+        nonce=flags["nonce"],
+        revoked=None if flags["revoked"] is None else Revocations.load(flags["revoked"]),
     )
 
 
