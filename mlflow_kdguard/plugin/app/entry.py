@@ -14,7 +14,9 @@ from typing import Any
 import click
 from fastapi import FastAPI
 from mlflow.environment_variables import _MLFLOW_INTERNAL_GATEWAY_AUTH_TOKEN
+from mlflow.exceptions import MlflowException
 
+from mlflow_kdguard.errors import KDGuardError
 from mlflow_kdguard.plugin.app import startup
 from mlflow_kdguard.plugin.app.access import Access, BasicAuth, Open
 from mlflow_kdguard.plugin.app.gated import GatedServer, Reread
@@ -84,4 +86,7 @@ def _command_line() -> dict[str, Any] | None:
 
 
 if (_options := _command_line()) is not None:
-    _before_workers(_options)
+    try:
+        _before_workers(_options)
+    except (MlflowException, KDGuardError) as _error:
+        raise click.ClickException(str(_error)) from _error

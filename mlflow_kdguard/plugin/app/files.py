@@ -12,7 +12,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from mlflow_kdguard.plugin.app import content
 from mlflow_kdguard.plugin.app.access import Asker
 from mlflow_kdguard.plugin.app.gated import GatedServer
-from mlflow_kdguard.plugin.app.middleware import CONTENT_ROUTE
+from mlflow_kdguard.plugin.app.redirects import CONTENT_ROUTE
 
 _VERSION: Any = SqlModelVersion
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, no-cache"}

@@ -123,6 +123,11 @@ class Immutable:
         except MlflowException:
             return []
 
+    def storage(self, workspace: str, name: str, version: str) -> str:
+        """Where clients are sent for a model version; MlflowException where there is none."""
+        with ServerWorkspaceContext(workspace):
+            return str(self._store.get_model_version_download_uri(name, version))
+
     def logged_model(self, workspace: str, model_id: str) -> str:
         """Where a logged model's artifacts lie; MlflowException where there is none."""
         with ServerWorkspaceContext(workspace):

@@ -6,9 +6,8 @@ may lie (`spots`); bodies of artifacts stream through untouched.
 """
 
 import logging
-import re
 from collections.abc import Iterable, Iterator
-from urllib.parse import parse_qsl, urlencode
+from functools import partial
 
 from anyio.to_thread import run_sync
 from mlflow.exceptions import MlflowException
@@ -20,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlflow_kdguard.errors import ModelError
+from mlflow_kdguard.plugin.app import redirects
 from mlflow_kdguard.plugin.app.access import Access, Refused
 from mlflow_kdguard.plugin.app.guarded import Immutable
 from mlflow_kdguard.plugin.app.spots import PROXIED, Guarded, Spot, readings, spots_of
@@ -28,16 +28,10 @@ from mlflow_kdguard.plugin.app.writes import (
     Owner,
     Write,
     body_route,
-    proxied_path,
     writes_of,
 )
 
 _logger = logging.getLogger(__name__)
-
-CONTENT = "kdguard-content"
-"""First part of proxied paths that name the content root."""
-CONTENT_ROUTE = "/api/2.0/kdguard/content"
-_ROUTE_ROOT = re.compile(r"^(.*?)/(?:ajax-)?api/2\.0/", re.IGNORECASE)
 
 
 class ArtifactGuard:
@@ -56,10 +50,21 @@ class ArtifactGuard:
             await self._app(scope, receive, send)
             return
         if scope["method"] in ("GET", "HEAD"):
-            await self._app(_redirected(scope), receive, send)
+            await self._app(await self._redirected(scope), receive, send)
             return
         refusal, receive = await self._judged(scope, receive)
         await (refusal or self._app)(scope, receive, send)
+
+    async def _redirected(self, scope: Scope) -> Scope:
+        if redirects.names_version(scope["path"]):
+            return await run_sync(redirects.of_version, scope, partial(self._storage, scope))
+        return redirects.of_content(scope)
+
+    def _storage(self, scope: Scope, name: str, version: str) -> str:
+        try:
+            return self._immutable.storage(_workspace(Request(scope)), name, version)
+        except MlflowException:
+            return ""  # MLflow says why
 
     async def _judged(self, scope: Scope, receive: Receive) -> tuple[Response | None, Receive]:
         method, path = scope["method"], scope["path"]
@@ -93,8 +98,8 @@ class ArtifactGuard:
             guarded: Guarded | None = None
             workspace = _workspace(request)
             for write in writes:
-                if write.owner is Owner.PROXY and _names_content(write.path):
-                    return f"'{CONTENT}' holds what was promoted; no route writes there."
+                if write.owner is Owner.PROXY and redirects.names_content(write.path):
+                    return f"'{redirects.CONTENT}' holds what was promoted; no route writes there."
                 guarded = guarded or self._immutable.now()
                 spots = self._spots(write, workspace)
                 if any(guarded.touched_by(spot, recursive=write.recursive) for spot in spots):
@@ -139,32 +144,6 @@ def _workspace(request: Request) -> str:
     asked = request.headers.get(WORKSPACE_HEADER_NAME)
     found = resolve_workspace_for_request_if_enabled(request.scope["path"], asked)
     return DEFAULT_WORKSPACE_NAME if found is None else str(found.name)
-
-
-def _names_content(path: str) -> bool:
-    return any(parts[:1] == (CONTENT,) for parts in readings(path))
-
-
-def _redirected(scope: Scope) -> Scope:
-    """Reads of the content root, as MLflow's artifact client asks for them, on our own route."""
-    named = proxied_path(scope["path"])
-    if named is None:
-        return scope
-    query = scope["query_string"]
-    if not named:
-        asked = [v for k, v in parse_qsl(query.decode("latin-1")) if k == "path"]
-        named = next((path for path in asked if _names_content(path)), "")
-        query = urlencode({"path": named.strip("/").partition("/")[2]}).encode()
-        target = f"{CONTENT_ROUTE}-list"
-    else:
-        target = f"{CONTENT_ROUTE}/{named.strip('/').partition('/')[2]}"
-    root = _ROUTE_ROOT.match(scope["path"])
-    if not _names_content(named) or root is None:
-        return scope
-    if "/presigned/" in scope["path"]:
-        target = f"{CONTENT_ROUTE}-presigned"
-    path = root.group(1) + target
-    return {**scope, "path": path, "raw_path": path.encode(), "query_string": query}
 
 
 async def _read(receive: Receive) -> tuple[bytes, bool]:

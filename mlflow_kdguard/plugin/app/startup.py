@@ -13,7 +13,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from mlflow_kdguard.files import sha256
 from mlflow_kdguard.plugin.app.access import AUTH
-from mlflow_kdguard.plugin.app.middleware import CONTENT
+from mlflow_kdguard.plugin.app.redirects import CONTENT
 from mlflow_kdguard.plugin.server.places import Place
 from mlflow_kdguard.plugin.server.settings import Settings
 from mlflow_kdguard.plugin.store.sql import GateMixin
