@@ -76,7 +76,7 @@ def read_folder(folder: Path, *, limit: int = LARGEST) -> dict[str, bytes]:
     for path in _walk(folder):
         if len(files) >= MOST_FILES:
             raise too_large(str(folder), limit)
-        data = _read(path, room)
+        data = _read(path, room, limit)
         room -= len(data)
         if room < 0:
             raise too_large(str(folder), limit)
@@ -143,12 +143,15 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _read(path: Path, room: int) -> bytes:
+def _read(path: Path, room: int, limit: int) -> bytes:
     """The file that was seen, at most one byte beyond `room`; never one that a link leads to."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
             raise _special(path)
+        if found.st_size > room:  # said before a file of terabytes without content is read
+            raise too_large(str(path.parent), limit)
         return file.read(room + 1)
 
 
