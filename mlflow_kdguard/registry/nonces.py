@@ -33,12 +33,12 @@ def handed_out(connection: Connection, name: str, subject: str) -> Nonce | None:
         return None
     with connection.answering("hand out a nonce"):
         creds = get_default_host_creds(uri)  # type: ignore[no-untyped-call]
-        body = {"model": name, "subject": subject}
+        body = {"name": name, "subject": subject}
         answer = http_request(  # type: ignore[no-untyped-call]
             creds, ROUTE, "POST", json=body, raise_on_status=False
         )
-        if answer.status_code in _ABSENT:
-            return None
+        if answer.status_code in _ABSENT and "error_code" not in answer.text:
+            return None  # no such route: a plain server; the app names an error code
         if not answer.ok:
             raise RegistryError(f"the server hands out no nonce: {answer.text[:500]}")
         found = answer.json()
