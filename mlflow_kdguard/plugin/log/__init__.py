@@ -21,6 +21,7 @@ from mlflow_kdguard.plugin.log.chain import (
     entries,
     lock,
     read_head,
+    require_end,
     resume,
 )
 from mlflow_kdguard.plugin.log.check import LogReport, verify
@@ -46,6 +47,7 @@ __all__ = [
     "publish",
     "read_head",
     "require_current",
+    "require_end",
     "resume",
     "seen",
     "verify",

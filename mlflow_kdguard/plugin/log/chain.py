@@ -12,8 +12,9 @@ writer, and would fail with SQLITE_BUSY at once.
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -23,7 +24,7 @@ from mlflow_kdguard.attest.signing import Signer, Verifier
 from mlflow_kdguard.errors import RegistryError
 from mlflow_kdguard.files import digest_json, sha256
 from mlflow_kdguard.plugin.log import tables
-from mlflow_kdguard.plugin.log.heads import Head, genesis, sign, stamp
+from mlflow_kdguard.plugin.log.heads import Head, genesis, newest, sign, stamp
 from mlflow_kdguard.plugin.log.tables import Database
 from mlflow_kdguard.records import Record
 
@@ -121,10 +122,8 @@ def append(
     """
     head = lock(session)
     _refuse_cut(session, head)
-    if head.seq and signer is not None:
-        objection = head.objection((signer.verifier, *verifiers), now=now)
-        if objection is not None:
-            raise RegistryError(f"the log's head {objection}.", remedy=_RESUME)
+    if signer is not None:
+        _refuse_unsigned(head, (signer.verifier, *verifiers), now)
     return _append(session, head, event, now=now, signer=signer)
 
 
@@ -197,9 +196,42 @@ def _the_head(rows: Sequence[RowMapping]) -> Head:
     )
 
 
+def require_end(session: Database, *, verifiers: Sequence[Verifier], heads: Path) -> Head:
+    """The head, if append() would go on from it, and no later one was published.
+
+    Quick, so that it can be asked at every start: it looks at the last entry and at the file's last
+    lines. Raises RegistryError with the reason.
+    """
+    published = newest(heads)
+    head = read_head(session)
+    if head is None:
+        head = lock(session)  # which says why
+    _refuse_cut(session, head)
+    _refuse_unsigned(head, verifiers, datetime.now(UTC))
+    if published is not None and not _holds(session, head, published):
+        raise RegistryError(
+            f"the head that was published last ({heads}) names entry {published.seq} "
+            f"({published.digest[:16]}…) of the log {published.log}, which is not in the database: "
+            f"that ends with entry {head.seq} of the log {head.log}.",
+            remedy="Was the database restored? See docs/how-to/operate-the-log.md.",
+        )
+    return head
+
+
+def _holds(session: Database, head: Head, published: Head) -> bool:
+    digest = select(tables.log.c.digest).where(tables.log.c.seq == published.seq)
+    same = published.seq == 0 or session.execute(digest).scalar() == published.digest
+    return same and published.log == head.log
+
+
+def _refuse_unsigned(head: Head, verifiers: Sequence[Verifier], now: datetime) -> None:
+    if head.seq and (objection := head.objection(verifiers, now=now)):
+        raise RegistryError(f"the log's head {objection}.", remedy=_RESUME)
+
+
 def _refuse_cut(session: Database, head: Head) -> None:
-    newest = select(tables.log.c.seq, tables.log.c.digest).order_by(tables.log.c.seq.desc())
-    last = session.execute(newest.limit(1)).one_or_none()
+    ends = select(tables.log.c.seq, tables.log.c.digest).order_by(tables.log.c.seq.desc())
+    last = session.execute(ends.limit(1)).one_or_none()
     end = (0, genesis(head.log)) if last is None else (last.seq, last.digest)
     if end != (head.seq, head.digest):
         raise RegistryError(

@@ -9,6 +9,7 @@ import binascii
 import fcntl
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,6 +25,9 @@ from mlflow_kdguard.records import Record, parse_time
 
 TYPE = "application/vnd.kdguard.head+json"
 """Payload type that a head's signature covers, so that it is never taken for anything else."""
+
+_TAIL = 1 << 16
+"""Bytes of the file that hold its last lines: some hundred, more than were ever out of order."""
 
 Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -131,6 +135,29 @@ def publish(head: Head, path: Path) -> None:
             f"cannot publish the log's head to {path}: {error.strerror or error}.",
             remedy="Make the file writable for the server; the log itself is complete.",
         ) from error
+
+
+def newest(path: Path) -> Head | None:
+    """The highest head among the last lines of a published file; None where there is none.
+
+    Lines that are no heads are left out: verify() is who judges the file. Raises RegistryError
+    where the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RegistryError(
+            f"cannot read the published heads {path}: {error.strerror or error}."
+        ) from error
+    heads = []
+    for line in lines:
+        with suppress(CertificateError):
+            heads.append(Head.from_line(line))
+    return max(heads, key=lambda head: head.seq, default=None)
 
 
 def _torn(descriptor: int) -> bool:

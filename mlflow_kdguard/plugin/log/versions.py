@@ -32,10 +32,10 @@ def seen(
     lock() in a transaction that acts on these settings. Raises ConfigError for a lower version, and
     for the same number with another digest.
     """
-    if _known(session, version, digest):
+    if in_force(session, version, digest):
         return None
     lock(session)
-    if _known(session, version, digest):  # another worker was faster
+    if in_force(session, version, digest):  # another worker was faster
         return None
     event = Event(
         actor="system",
@@ -57,8 +57,11 @@ def newest(session: Database) -> tuple[int, str] | None:
     return None if found is None else (found.version, found.digest)
 
 
-def _known(session: Database, version: int, digest: str) -> bool:
-    """Whether these settings are in force; ConfigError where newer ones are, or other ones."""
+def in_force(session: Database, version: int, digest: str) -> bool:
+    """Whether these settings are the newest that were accepted (False: they would be, now).
+
+    Raises ConfigError where newer ones were in force, or others with this number.
+    """
     found = newest(session)
     if found is None or version > found[0]:
         return False
