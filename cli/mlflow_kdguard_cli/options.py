@@ -114,6 +114,21 @@ def registry_options(command: Command) -> Command:
     return tracking(registry(command))
 
 
+def connected(flags: dict[str, Any]) -> Any:
+    """The connection that --tracking-uri and --registry-uri name; no SQLite file is created."""
+    from mlflow_kdguard.config import RegistrySection
+    from mlflow_kdguard.errors import RegistryError
+    from mlflow_kdguard.registry.client import Connection
+    from mlflow_kdguard.registry.database import sqlite_file
+
+    named = {key: flags[key] for key in ("tracking_uri", "registry_uri")}
+    for uri in named.values():
+        file = sqlite_file(uri.removeprefix("kdguard+")) if uri else None
+        if file is not None and not file.exists():
+            raise RegistryError(f"there is no registry at {uri}.", remedy="Check the URI.")
+    return Connection(RegistrySection(**named))
+
+
 def gate_options(command: Command) -> Command:
     """What the operator grants at decision time."""
     pin = click.option(

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -90,16 +91,32 @@ def _short(figures: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table for people."""
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: bool = False
+) -> None:
+    """A table for people; figures stand to the right, words (`left`) to the left."""
     drawn = Table(
         title=title, title_justify="left", title_style="bold", pad_edge=False, box=SIMPLE_HEAD
     )
     for i, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        drawn.add_column(column, justify="left" if i == 0 or left else "right", overflow="fold")
     for row in rows:
         drawn.add_row(*row)
     people.print(drawn)
+
+
+def listed(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table of texts that others may have written: no markup and no control codes of theirs."""
+    drawn = _titled(_plain(title))
+    for column in columns:
+        drawn.add_column(column, overflow="fold")
+    for row in rows:
+        drawn.add_row(*map(_plain, row))
+    people.print(drawn)
+
+
+def _plain(text: str) -> str:
+    return escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
 def _titled(title: str) -> Table:

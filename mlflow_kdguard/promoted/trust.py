@@ -1,11 +1,12 @@
 """Whom a consumer believes: trusted keys, and what was taken back since they were handed out."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
+from urllib.parse import quote
 
 from mlflow_kdguard.attest.envelope import Envelope
 from mlflow_kdguard.attest.revocation import Revocations
@@ -70,6 +71,12 @@ def trusted(
         )
     once = {v.to_bytes(): v for key in named for v in _verifiers(key)}
     return Trust.of(once.values(), _revoked(revoked))
+
+
+def identities(registries: Collection[str], workspace: str) -> frozenset[str]:
+    """What a certificate may name as its registry, for a model of a workspace."""
+    mark = "" if workspace in ("", "default") else f"#workspace={quote(workspace, safe='')}"
+    return frozenset(uri + mark for uri in registries)
 
 
 def _listed(keys: Key | Iterable[Key] | None) -> list[Key]:
