@@ -1,5 +1,6 @@
 """Model versions: stored, fetched as bytes, tagged, and given an alias."""
 
+import logging
 import re
 import tempfile
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from mlflow_kdguard.registry import bundle
 from mlflow_kdguard.registry.bundle import CERTIFICATE, Bundle
 from mlflow_kdguard.registry.client import Connection
 from mlflow_kdguard.registry.runs import Run
+
+log = logging.getLogger(__name__)
 
 BUNDLE_TAG = "kdguard.bundle_sha256"
 LONGEST_TAG = 100_000
@@ -142,11 +145,18 @@ class Versions:
             return Run(self.connection, self.connection.client.get_run(version.run_id or ""))
 
     def record_decision(self, uri: str, decision: Decision) -> None:
-        """Say on the version what the gate decided, and why where it refused."""
+        """Say on the version what the gate decided, and why where it refused.
+
+        A gated server keeps these tags for its own decisions: there, nothing is said.
+        """
         why = "; ".join(f"{r.rule}: {r.why}" for r in decision.rules if not r.ok)
-        self.tag(
-            self.find(uri), {DECISION: decision.decision, REASON: why[:5000] or "every rule holds"}
-        )
+        said = {DECISION: decision.decision, REASON: why[:5000] or "every rule holds"}
+        try:
+            self.tag(self.find(uri), said)
+        except RegistryError as error:
+            if not _refused_by_a_gate(error.__cause__):
+                raise
+            log.info("%s: the server's own gate decides, and says so itself", uri)
 
     def tag(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
         """Set tags of a version."""
@@ -210,21 +220,31 @@ class Versions:
                 )
             with self.connection.answering(f"read {folder}"):
                 return bundle.read_folder(folder, limit=limit)
-        if scheme not in _REMOTE:
-            raise UnsafeModelError(
-                f"the version's source {source!r} is not an artifact store.",
-                remedy=f"Known: {', '.join(sorted(_REMOTE))}, and local folders.",
-            )
-        return self._fetch_remote(source, limit)
-
-    def _fetch_remote(self, source: str, limit: int) -> dict[str, bytes]:
         with self.connection.answering(f"fetch {source}"):
-            store = get_artifact_repository(
-                source,
-                tracking_uri=self.connection.tracking_uri,
-                registry_uri=self.connection.registry_uri,
-            )
-            return artifacts.read_store(store, source, limit=limit)
+            return artifacts.read_store(store_at(self.connection, source), source, limit=limit)
+
+
+def store_at(connection: Connection, source: str) -> Any:
+    """MLflow's artifact repository of a place that a version names.
+
+    Raises UnsafeModelError where it is none that is known, or another MLflow server than ours: a
+    source is anybody's word, and our credentials would be sent there.
+    """
+    if _scheme(source) not in _REMOTE:
+        raise UnsafeModelError(
+            f"the version's source {source!r} is not an artifact store.",
+            remedy=f"Known: {', '.join(sorted(_REMOTE))}, and local folders.",
+        )
+    host = urlsplit(source).netloc
+    if _scheme(source) == "mlflow-artifacts" and host not in ("", _host(connection.tracking_uri)):
+        raise UnsafeModelError(f"the version's source {source!r} lies on another MLflow server.")
+    return get_artifact_repository(
+        source, tracking_uri=connection.tracking_uri, registry_uri=connection.registry_uri
+    )
+
+
+def _host(uri: str) -> str:
+    return urlsplit(uri).netloc.rpartition("@")[2]
 
 
 def _scheme(source: str) -> str:
@@ -240,6 +260,11 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError:
         return False
+
+
+def _refused_by_a_gate(cause: BaseException | None) -> bool:
+    denied = isinstance(cause, MlflowException) and cause.error_code == "PERMISSION_DENIED"
+    return denied and "kdguard refuses" in str(cause)
 
 
 def _text(envelope: bytes, uri: str) -> str:
