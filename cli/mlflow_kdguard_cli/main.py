@@ -33,6 +33,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "gate": ("promote:gate", "The promotion decision, without acting on it."),
     "promote": ("promote:promote", "The decision, then the alias if it passes."),
+    "server": (
+        "server:server",
+        "Operate a gated registry: check its settings, read its log, revoke, override.",
+    ),
     "doctor": ("doctor:doctor", "What is installed, what is missing, what each command needs."),
 }
 """Command -> (module:attribute, help in one line); a test holds it against the command's own."""

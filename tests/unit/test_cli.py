@@ -36,12 +36,15 @@ def test_every_command_teaches_with_help(name: str) -> None:
 def _leaves() -> list[tuple[str, click.Command]]:
     found: list[tuple[str, click.Command]] = []
     for name in COMMANDS:
-        command = _command(name)
-        if isinstance(command, click.Group):
-            found += [(f"{name} {inner}", command.commands[inner]) for inner in command.commands]
-        else:
-            found.append((name, command))
+        found += _below(name, _command(name))
     return found
+
+
+def _below(name: str, command: click.Command) -> list[tuple[str, click.Command]]:
+    if not isinstance(command, click.Group):
+        return [(name, command)]
+    groups = (_below(f"{name} {inner}", command.commands[inner]) for inner in command.commands)
+    return [leaf for group in groups for leaf in group]
 
 
 @pytest.mark.parametrize(("name", "command"), _leaves())

@@ -16,7 +16,8 @@ FILE = click.Path(path_type=Path)
 LONGEST = 36_500  # days; a policy asks for no more
 
 
-def _moment(_context: click.Context, option: click.Parameter, given: str | None) -> datetime | None:
+def moment(_context: click.Context, option: click.Parameter, given: str | None) -> datetime | None:
+    """An option's moment: ISO 8601 with a time zone, or `now`."""
     if given is None or given == "now":
         return None if given is None else datetime.now(UTC)
     from mlflow_kdguard.records import parse_time
@@ -41,7 +42,7 @@ def _moment(_context: click.Context, option: click.Parameter, given: str | None)
 )
 @click.option("--days", type=click.IntRange(min=1, max=LONGEST), help="Validity; default: no end.")
 @click.option(
-    "--from", "start", metavar="TIME", callback=_moment, help="Start of its validity; default: now."
+    "--from", "start", metavar="TIME", callback=moment, help="Start of its validity; default: now."
 )
 @options.as_json
 def keygen(path: Path, days: int | None, start: datetime | None, **flags: Any) -> None:
@@ -76,7 +77,7 @@ def key() -> None:
 
 
 AT = click.option(
-    "--at", required=True, metavar="TIME|now", callback=_moment, help="ISO 8601 with a time zone."
+    "--at", required=True, metavar="TIME|now", callback=moment, help="ISO 8601 with a time zone."
 )
 RECORD = click.argument("record", metavar="FILE.pub", type=FILE)
 

@@ -183,6 +183,14 @@ def entries(session: Database, *, after: int | None = None, until: int) -> Itera
         after = found[-1]["seq"]
 
 
+def latest(session: Database, count: int, *, model: str | None = None) -> tuple[RowMapping, ...]:
+    """The last `count` rows, oldest first; of one model, where one is named."""
+    rows = select(tables.log).order_by(tables.log.c.seq.desc()).limit(count)
+    if model is not None:
+        rows = rows.where(tables.log.c.model == model)
+    return tuple(reversed(session.execute(rows).mappings().all()))
+
+
 def _the_head(rows: Sequence[RowMapping]) -> Head:
     try:
         if [row["id"] for row in rows] == [1]:
