@@ -98,9 +98,14 @@ class Operator:
         """A private key: "bea" or "vic"."""
         return Signer.load(self.folder / "private" / name)
 
+    @property
+    def log_signer(self) -> Signer:
+        """The key that signs the log's head."""
+        return Signer.load(self.folder / "log.pem")
+
     def certificate(self, files: Mapping[str, bytes], name: str, **changes: Any) -> Certificate:
         """A certificate about these files that passes, unless something in it is changed."""
-        return passing(files, name=name, registry=self.uri, **changes)
+        return passing(files, **({"name": name, "registry": self.uri} | changes))
 
     def sign(self, certificate: Certificate, *names: str) -> bytes:
         """Sign a certificate with every key named; the verifier's where none is."""
@@ -236,8 +241,8 @@ def gated(
 ) -> Iterator[Gate]:
     """Start a gated server in `folder`; `database` defaults to an SQLite file there.
 
-    `auth` puts MLflow's basic-auth before it (admin / password1234), `app` runs our own app. What
-    is `stated` goes to the settings.
+    `auth` puts MLflow's basic-auth before it (admin / gate-password-1), `app` runs our own app.
+    What is `stated` goes to the settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -254,16 +259,18 @@ def gated(
         *(("--app-name", name) if name else ()),
         *options,
     ]
-    with serving(
-        folder,
-        backend=backend,
-        port=port,
-        options=command,
-        environment=extra | dict(environment or {}),
-    ) as server:
-        with _signed_in(auth):
-            client = MlflowClient(server.uri, server.uri)
-            yield Gate(server, operator, client, backend)
+    with (
+        serving(
+            folder,
+            backend=backend,
+            port=port,
+            options=command,
+            environment=extra | dict(environment or {}),
+        ) as server,
+        _signed_in(auth),
+    ):
+        client = MlflowClient(server.uri, server.uri)
+        yield Gate(server, operator, client, backend)
 
 
 @contextlib.contextmanager
@@ -284,7 +291,7 @@ def _with_users(folder: Path) -> dict[str, str]:
     config.write_text(
         "[mlflow]\ndefault_permission = READ\n"
         f"database_uri = sqlite:///{folder / 'auth.db'}\n"
-        "admin_username = admin\nadmin_password = password1234\n"
+        "admin_username = admin\nadmin_password = gate-password-1\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
     )
     return {"MLFLOW_AUTH_CONFIG_PATH": str(config), "MLFLOW_FLASK_SERVER_SECRET_KEY": "a test's"}
@@ -292,7 +299,7 @@ def _with_users(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _signed_in(auth: bool) -> Iterator[None]:
-    admin = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "password1234"}
+    admin = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "gate-password-1"}
     with _environment(admin if auth else {}):
         yield
 

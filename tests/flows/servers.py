@@ -61,7 +61,7 @@ def serving(
     options: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[MlflowServer]:
-    """Start `mlflow server`; `backend` defaults to an SQLite file in `folder`, `port` to a free one."""
+    """Start `mlflow server`, by default on an SQLite file in `folder` and on a free port."""
     folder.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
     command = [

@@ -5,7 +5,7 @@ MLflow is imported where it is asked, since most judgements need little of it.
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from mlflow_kdguard.artifacts import Store, read_folder, read_store
 from mlflow_kdguard.errors import RegistryError, UnsafeModelError
@@ -14,9 +14,6 @@ from mlflow_kdguard.plugin.server.content import PROXIED
 from mlflow_kdguard.plugin.server.places import Place
 from mlflow_kdguard.plugin.server.settings import Settings
 
-if TYPE_CHECKING:
-    from mlflow.store.model_registry.abstract_store import AbstractStore
-
 _SERVER = "_MLFLOW_SERVER_FILE_STORE"
 """Environment variable that MLflow sets in its server's processes."""
 
@@ -24,9 +21,7 @@ _SERVER = "_MLFLOW_SERVER_FILE_STORE"
 class Reading:
     """Reads through MLflow, for one registry and one request."""
 
-    def __init__(
-        self, registry: "AbstractStore", settings: Settings, tracking_uri: str | None = None
-    ) -> None:
+    def __init__(self, registry: Any, settings: Settings, tracking_uri: str | None = None) -> None:
         self._registry, self._content = registry, settings.stated.content
         self._tracking_uri = tracking_uri
 
@@ -69,7 +64,7 @@ class Reading:
             return _get_tracking_store()
         from mlflow.tracking._tracking_service.utils import _get_store
 
-        return _get_store(self._tracking_uri)
+        return _get_store(self._tracking_uri)  # type: ignore[no-untyped-call]
 
 
 def serving() -> bool:
@@ -89,7 +84,7 @@ def _proxied(place: Place) -> dict[str, bytes]:
     from mlflow.server import handlers
     from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
-    store = handlers._get_artifact_repo_mlflow_artifacts()
+    store = handlers._get_artifact_repo_mlflow_artifacts()  # type: ignore[no-untyped-call]
     path = handlers._get_workspace_scoped_repo_path_if_enabled(place.inner)
     if not path:
         raise UnsafeModelError(f"{place} is the whole artifact store.")

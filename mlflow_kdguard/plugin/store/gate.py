@@ -6,57 +6,28 @@ guarded names; everything else goes to MLflow's own method unchanged.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from mlflow.entities.model_registry.model_version_stages import get_canonical_stage
 
-from mlflow_kdguard.artifacts import CERTIFICATE, DECISION, OVERRIDE, REASON
+from mlflow_kdguard.artifacts import CERTIFICATE, DECISION, REASON
 from mlflow_kdguard.attest.overrides import Granted
-from mlflow_kdguard.attest.revocation import certificate_digest
 from mlflow_kdguard.errors import CertificateError, KDGuardError
 from mlflow_kdguard.files import sha256
 from mlflow_kdguard.plugin import log
-from mlflow_kdguard.plugin.log import Event
-from mlflow_kdguard.plugin.server import content
 from mlflow_kdguard.plugin.server.judge import Judgement, VersionFacts, judge
-from mlflow_kdguard.plugin.server.reading import Reading, opened
+from mlflow_kdguard.plugin.server.reading import Reading
 from mlflow_kdguard.plugin.server.settings import Settings
-from mlflow_kdguard.plugin.store.actor import actor
+from mlflow_kdguard.plugin.store.asked import Asked
+from mlflow_kdguard.plugin.store.granting import enter, kept, override, refuse_spelling
 from mlflow_kdguard.plugin.store.refusal import Refused, refusing
 from mlflow_kdguard.plugin.store.rows import Rows
 from mlflow_kdguard.plugin.store.transaction import Transactions, Written
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What somebody asks for: an alias or a stage, for one version."""
-
-    name: str
-    version: str
-    workspace: str
-    alias: str
-    action: str
-
-    def __str__(self) -> str:
-        return f"{self.alias!r} for version {self.version} of {self.name!r}"
-
-    def event(self, action: str, decision: str, **more: Any) -> Event:
-        """An entry about it."""
-        return Event(
-            actor=actor(),
-            action=action,
-            workspace=self.workspace,
-            model=self.name,
-            version=self.version,
-            alias=self.alias,
-            decision=decision,
-            **more,
-        )
 
 
 class Gate:
@@ -135,13 +106,13 @@ class Gate:
     def _passed(self, asked: Asked, facts: VersionFacts, act: Callable[[], T]) -> T:
         settings = self.fresh(str(asked))
         with refusing(str(asked)):
-            _refuse_spelling(asked, settings)
+            refuse_spelling(asked, settings)
             judged = self.judged(facts, asked.alias, settings)
-            granted = None if judged.passed else _override(asked, facts, judged, settings)
-            location = _kept(judged, settings)
+            granted = None if judged.passed else override(asked, facts, judged, settings)
+            location = kept(judged, settings)
         with self.transactions.logged(str(asked), settings) as written:
             self._unchanged(written, facts)
-            _enter(written, asked, judged, granted)
+            enter(written, asked, judged, granted)
             result = act()
             self._mark(written, facts, location, granted)
         return result
@@ -236,81 +207,6 @@ class Gate:
             return act()
 
 
-def _refuse_spelling(asked: Asked, settings: Settings) -> None:
-    guarded = settings.policy_for(asked.name).guarded
-    names = guarded.aliases if asked.action == "promote" else ()
-    if asked.action == "promote" and asked.alias not in names:
-        raise CertificateError(
-            f"alias: {asked.alias!r} is another spelling of a guarded alias "
-            f"({', '.join(names)}), and would be taken for it."
-        )
-
-
-def _override(asked: Asked, facts: VersionFacts, judged: Judgement, settings: Settings) -> Granted:
-    """The override under which a version is promoted that does not pass; else the refusal."""
-    reasons = list(judged.reasons)
-    text = facts.tags.get(OVERRIDE)
-    if text is not None and not settings.stated.overrides:
-        reasons.append("override: this server's settings do not allow overrides.")
-    elif text is not None and judged.files is not None and _safe(judged):
-        try:
-            return log.overrides.check(
-                text.encode("utf-8", "surrogatepass"),
-                verifiers=settings.verifiers,
-                now=datetime.now(UTC),
-                files=judged.files,
-                model=asked.name,
-                version=asked.version,
-                alias=asked.alias,
-                workspace=asked.workspace,
-                registries=settings.identities(asked.workspace),
-            )
-        except KDGuardError as error:
-            reasons.append(f"override: {error}")
-    raise Refused(str(asked), reasons)
-
-
-def _safe(judged: Judgement) -> bool:
-    """What no override waives: where the bytes lie, and that they can serve one model only."""
-    return not {"bytes", "bundle"}.intersection(judged.decision.failed)
-
-
-def _kept(judged: Judgement, settings: Settings) -> str | None:
-    """Where the judged bytes are from now on; audit mode moves nothing."""
-    if not settings.enforcing:
-        return None
-    assert judged.files is not None  # a version passes with its files only
-    assert judged.digest is not None
-    return content.keep(judged.files, judged.digest, settings.stated.content, opened=opened)
-
-
-def _enter(written: Written, asked: Asked, judged: Judgement, granted: Granted | None) -> None:
-    if granted is not None:
-        written.wrote(
-            log.overrides.accept(
-                written.session,
-                granted,
-                actor=actor(),
-                now=written.now,
-                signer=written.settings.signer,
-                policy=judged.policy_digest,
-                reasons=judged.reasons,
-                verifiers=written.settings.verifiers,
-            )
-        )
-        return
-    written.append(
-        asked.event(
-            asked.action,
-            "pass",
-            certificate=judged.certificate_sha256,
-            policy=judged.policy_digest,
-        )
-    )
-    if judged.nonce and judged.certificate is not None:
-        log.nonces.use(written.session, judged.nonce, certificate_digest(judged.certificate))
-
-
 def _decisive(facts: tuple[str, str | None, dict[str, str]]) -> tuple[Any, ...]:
     source, location, tags = facts
     return source, location, {k: v for k, v in tags.items() if k not in (DECISION, REASON)}
@@ -318,4 +214,4 @@ def _decisive(facts: tuple[str, str | None, dict[str, str]]) -> tuple[Any, ...]:
 
 def canonical(stage: str) -> str:
     """The stage that MLflow takes this spelling for; MLflow's own error where it is none."""
-    return str(get_canonical_stage(stage))
+    return str(get_canonical_stage(stage))  # type: ignore[no-untyped-call]

@@ -32,7 +32,7 @@ class GatedRestStore(RestStore):
     """MLflow's client store, which asks for a guarded name only where the judgement is yes."""
 
     def __init__(self, uri: str, settings: Settings, tracking_uri: str | None) -> None:
-        super().__init__(partial(get_default_host_creds, uri))
+        super().__init__(partial(get_default_host_creds, uri))  # type: ignore[no-untyped-call]
         self._settings = settings
         self._tracking_uri = (tracking_uri or uri).removeprefix("kdguard+")
 
@@ -40,7 +40,7 @@ class GatedRestStore(RestStore):
         """Judged here first where the alias is guarded."""
         if self._settings.policy_for(str(name)).guards_alias(str(alias)):
             self._judge(name, version, str(alias))
-        super().set_registered_model_alias(name, alias, version)
+        super().set_registered_model_alias(name, alias, version)  # type: ignore[no-untyped-call]
 
     def transition_model_version_stage(
         self, name: Any, version: Any, stage: Any, archive_existing_versions: Any
@@ -48,23 +48,24 @@ class GatedRestStore(RestStore):
         """Judged here first where the stage is guarded."""
         if self._settings.policy_for(str(name)).guards_stage(str(stage)):
             self._judge(name, version, canonical(stage))
-        return super().transition_model_version_stage(
+        return super().transition_model_version_stage(  # type: ignore[no-untyped-call]
             name, version, stage, archive_existing_versions
         )
 
     def _judge(self, name: str, version: str, alias: str) -> None:
         from mlflow.utils.workspace_context import get_request_workspace
 
+        server: Any = super()
         what = f"{alias!r} for version {version} of {name!r}"
         with refusing(what):
             self._settings = self._settings.current()
-            found = self.get_model_version(name, version)
+            found = server.get_model_version(name, version)
             facts = VersionFacts(
                 name=name,
                 version=str(version),
                 workspace=get_request_workspace() or DEFAULT_WORKSPACE,
                 source=str(found.source),
-                storage_location=self.get_model_version_download_uri(name, version),
+                storage_location=server.get_model_version_download_uri(name, version),
                 tags=dict(found.tags),
             )
             reading = Reading(self, self._settings, self._tracking_uri)

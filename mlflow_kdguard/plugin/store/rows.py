@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlflow.entities.model_registry.model_version_stages import ALL_STAGES
-from mlflow.entities.model_registry.prompt_version import IS_PROMPT_TAG_KEY
-from mlflow.prompt.constants import _PROMPT_SOURCE_PLACEHOLDERS
+from mlflow.prompt.constants import _PROMPT_SOURCE_PLACEHOLDERS, IS_PROMPT_TAG_KEY
 from mlflow.store.model_registry.dbmodels.models import (
     SqlModelVersion,
     SqlModelVersionTag,
@@ -21,6 +20,8 @@ from mlflow_kdguard.policy import Policy
 
 PROMOTIONS = ("promote", "stage")
 """Actions of the log's entries about a version that was given an alias or a stage."""
+
+_STAGES: list[Any] = ALL_STAGES
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Rows:
     session: Any
     workspace: str
 
-    def facts(self, row: SqlModelVersion, *, history: bool = False) -> VersionFacts:
+    def facts(self, row: Any, *, history: bool = False) -> VersionFacts:
         """The facts about one version; `history` asks the log for its promotions, too."""
         name, version = str(row.name), int(row.version)
         tags = self._tags(SqlModelVersionTag, name, SqlModelVersionTag.version == version)
@@ -58,12 +59,12 @@ class Rows:
 
     def held(self, name: str, policy: Policy) -> Iterator[Held]:
         """The guarded names that versions of a model carry."""
-        alias = SqlRegisteredModelAlias
-        pairs = select(alias.alias, alias.version).where(*self._of(alias, name))
+        alias: Any = SqlRegisteredModelAlias
+        pairs: Any = select(alias.alias, alias.version).where(*self._of(alias, name))
         found = [(str(a), int(v)) for a, v in self.session.execute(pairs) if policy.guards_alias(a)]
-        version = SqlModelVersion
-        if guarded := [stage for stage in ALL_STAGES if policy.guards_stage(stage)]:
-            staged = select(version.current_stage, version.version).where(
+        version: Any = SqlModelVersion
+        if guarded := [str(stage) for stage in _STAGES if policy.guards_stage(stage)]:
+            staged: Any = select(version.current_stage, version.version).where(
                 *self._of(version, name), version.current_stage.in_(guarded)
             )
             found += [(str(stage), int(v)) for stage, v in self.session.execute(staged)]
@@ -75,7 +76,7 @@ class Rows:
         marks = self._tags(SqlRegisteredModelTag, name)
         if marks.get(IS_PROMPT_TAG_KEY, "false").lower() != "true":
             return False
-        asked = select(SqlModelVersion.source, SqlModelVersion.storage_location)
+        asked: Any = select(SqlModelVersion.source, SqlModelVersion.storage_location)
         where = (*self._of(SqlModelVersion, name), SqlModelVersion.version == version)
         found = self.session.execute(asked.where(*where)).one_or_none()
         return found is not None and all(
@@ -85,7 +86,7 @@ class Rows:
     def carries(self, name: str, alias: str) -> str | None:
         """The version that an alias stands for."""
         table = SqlRegisteredModelAlias
-        asked = select(table.version).where(*self._of(table, name), table.alias == alias)
+        asked: Any = select(table.version).where(*self._of(table, name), table.alias == alias)
         found = self.session.execute(asked).scalar()
         return None if found is None else str(found)
 
@@ -106,7 +107,7 @@ class Rows:
 
     def _promoted(self, name: str, version: int) -> frozenset[str]:
         entry = tables.log.c
-        asked = select(entry.certificate).where(
+        asked: Any = select(entry.certificate).where(
             entry.action.in_(PROMOTIONS),
             entry.workspace == self.workspace,
             entry.model == name,

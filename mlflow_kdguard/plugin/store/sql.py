@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlflow.environment_variables import MLFLOW_ENABLE_WORKSPACES
 from mlflow.exceptions import MlflowException
@@ -19,12 +19,18 @@ from mlflow_kdguard.plugin import log
 from mlflow_kdguard.plugin.server import content
 from mlflow_kdguard.plugin.server.settings import Settings, named
 from mlflow_kdguard.plugin.store import tags as tag_rules
-from mlflow_kdguard.plugin.store.gate import Asked, Gate, canonical
+from mlflow_kdguard.plugin.store.asked import Asked
+from mlflow_kdguard.plugin.store.gate import Gate, canonical
 from mlflow_kdguard.plugin.store.refusal import Refused
 from mlflow_kdguard.plugin.store.rows import Held, Rows
 from mlflow_kdguard.plugin.store.transaction import Transactions
 
 T = TypeVar("T")
+
+if TYPE_CHECKING:
+    _Store = Any
+else:
+    _Store = object
 
 
 def opened(db_uri: str, _tracking_uri: str | None = None) -> "GatedStore | GatedWorkspaceStore":
@@ -32,7 +38,7 @@ def opened(db_uri: str, _tracking_uri: str | None = None) -> "GatedStore | Gated
 
     Raises MlflowException where KDGUARD_SERVER does not name settings that hold.
     """
-    store = GatedWorkspaceStore if MLFLOW_ENABLE_WORKSPACES.get() else GatedStore
+    store = GatedWorkspaceStore if MLFLOW_ENABLE_WORKSPACES.get() else GatedStore  # type: ignore[no-untyped-call]
     replica = os.environ.get(READ_REPLICA_BACKEND_STORE_URI_ENV_VAR)
     try:
         return store(db_uri, read_db_uri=replica)
@@ -40,17 +46,17 @@ def opened(db_uri: str, _tracking_uri: str | None = None) -> "GatedStore | Gated
         raise MlflowException(f"the gated registry does not start: {error}") from error
 
 
-class GateMixin:
+class GateMixin(_Store):  # type: ignore[misc]
     """Before MLflow's SQLAlchemy store: what touches guarded names is judged first."""
 
     ManagedSessionMaker: Callable[..., AbstractContextManager[Any]]
 
     def __init__(self, db_uri: str, read_db_uri: str | None = None) -> None:
         settings = Settings.load(named())
-        super().__init__(db_uri, read_db_uri=read_db_uri)  # type: ignore[call-arg]
+        super().__init__(db_uri, read_db_uri=read_db_uri)
         transactions = Transactions(self.ManagedSessionMaker, threading.local())
         self.ManagedSessionMaker = transactions.shared
-        log.prepare(self.engine)  # type: ignore[attr-defined]
+        log.prepare(self.engine)
         content.prepare(settings.stated.content)
         with transactions.logged("to start", settings):
             pass
@@ -58,9 +64,9 @@ class GateMixin:
 
     # ── aliases and stages ──────────────────────────────────────────────────────────────────────
 
-    def set_registered_model_alias(self, name: Any, alias: Any, version: Any) -> None:
+    def set_registered_model_alias(self, name: Any, alias: Any, version: Any) -> Any:
         """Guarded: the version is judged, and its bytes are copied to the content root."""
-        act = partial(super().set_registered_model_alias, name, alias, version)  # type: ignore[misc]
+        act = partial(super().set_registered_model_alias, name, alias, version)
         if not _texts(name, alias):
             return act()
         if self.gate.known().policy_for(name).guards_alias(alias):
@@ -70,9 +76,9 @@ class GateMixin:
             return self._unless_held(name, f"alias {alias!r}", "alias-refused", act, why=why)
         return act()
 
-    def delete_registered_model_alias(self, name: Any, alias: Any) -> None:
+    def delete_registered_model_alias(self, name: Any, alias: Any) -> Any:
         """Guarded: logged."""
-        act = partial(super().delete_registered_model_alias, name, alias)  # type: ignore[misc]
+        act = partial(super().delete_registered_model_alias, name, alias)
         if not _texts(name, alias) or not self.gate.known().policy_for(name).guards_alias(alias):
             return act()
         workspace = self._get_active_workspace()
@@ -91,7 +97,7 @@ class GateMixin:
     ) -> Any:
         """Guarded stages as guarded aliases; leaving one is logged."""
         act = partial(
-            super().transition_model_version_stage,  # type: ignore[misc]
+            super().transition_model_version_stage,
             name,
             version,
             stage,
@@ -116,17 +122,17 @@ class GateMixin:
 
     def rename_registered_model(self, name: Any, new_name: Any) -> Any:
         """Refused while a guarded name is held: certificates speak of the old one."""
-        act = partial(super().rename_registered_model, name, new_name)  # type: ignore[misc]
+        act = partial(super().rename_registered_model, name, new_name)
         return self._unless_held(name, f"to rename to {new_name!r}", "rename-refused", act)
 
-    def delete_registered_model(self, name: Any) -> None:
+    def delete_registered_model(self, name: Any) -> Any:
         """Refused while a guarded name is held."""
-        act = partial(super().delete_registered_model, name)  # type: ignore[misc]
+        act = partial(super().delete_registered_model, name)
         return self._unless_held(name, "to delete", "delete-refused", act)
 
-    def delete_model_version(self, name: Any, version: Any) -> None:
+    def delete_model_version(self, name: Any, version: Any) -> Any:
         """Refused while this version holds a guarded name."""
-        act = partial(super().delete_model_version, name, version)  # type: ignore[misc]
+        act = partial(super().delete_model_version, name, version)
         return self._unless_held(name, "to delete", "delete-refused", act, version=version)
 
     # ── tags ────────────────────────────────────────────────────────────────────────────────────
@@ -136,7 +142,7 @@ class GateMixin:
         for tag in tags or ():
             if tag_rules.ours(tag.key):
                 raise Refused(f"model {name!r}", [f"tags: {tag.key!r} is the server's to write."])
-        return super().create_registered_model(name, tags, *rest, **more)  # type: ignore[misc]
+        return super().create_registered_model(name, tags, *rest, **more)
 
     def create_model_version(
         self, name: Any, source: Any, run_id: Any = None, tags: Any = None, *rest: Any, **more: Any
@@ -145,31 +151,31 @@ class GateMixin:
         kept, problems = tag_rules.at_creation(tags, source)
         if problems:
             raise Refused(f"a version of {name!r}", problems)
-        return super().create_model_version(name, source, run_id, kept, *rest, **more)  # type: ignore[misc]
+        return super().create_model_version(name, source, run_id, kept, *rest, **more)
 
-    def set_model_version_tag(self, name: Any, version: Any, tag: Any) -> None:
+    def set_model_version_tag(self, name: Any, version: Any, tag: Any) -> Any:
         """A certificate under a guarded name must pass; other `kdguard.*` tags are refused."""
-        act = partial(super().set_model_version_tag, name, version, tag)  # type: ignore[misc]
+        act = partial(super().set_model_version_tag, name, version, tag)
         if tag.key == CERTIFICATE:
             return self.gate.certify(name, version, str(tag.value), act)
         return self._tag(name, version, tag.key, act)
 
-    def delete_model_version_tag(self, name: Any, version: Any, key: Any) -> None:
+    def delete_model_version_tag(self, name: Any, version: Any, key: Any) -> Any:
         """The certificate stays while a guarded name rests on it."""
-        act = partial(super().delete_model_version_tag, name, version, key)  # type: ignore[misc]
+        act = partial(super().delete_model_version_tag, name, version, key)
         if key == CERTIFICATE:
             what = f"to delete the tag {key!r}"
             return self._unless_held(name, what, "tag-refused", act, version=version)
         return self._tag(name, version, key, act)
 
-    def set_registered_model_tag(self, name: Any, tag: Any) -> None:
+    def set_registered_model_tag(self, name: Any, tag: Any) -> Any:
         """`mlflow.prompt.*` stays while a guarded name is held; `kdguard.*` is refused."""
-        act = partial(super().set_registered_model_tag, name, tag)  # type: ignore[misc]
+        act = partial(super().set_registered_model_tag, name, tag)
         return self._tag(name, None, tag.key, act)
 
-    def delete_registered_model_tag(self, name: Any, key: Any) -> None:
+    def delete_registered_model_tag(self, name: Any, key: Any) -> Any:
         """As setting one."""
-        act = partial(super().delete_registered_model_tag, name, key)  # type: ignore[misc]
+        act = partial(super().delete_registered_model_tag, name, key)
         return self._tag(name, None, key, act)
 
     # ── shared ──────────────────────────────────────────────────────────────────────────────────
@@ -231,4 +237,11 @@ def _texts(*values: object) -> bool:
 
 
 def _concerns(held: Held, version: Any) -> bool:
-    return version is None or held.version == str(version).lstrip("0")
+    """Whether a change of `version` concerns what is held. MLflow takes `+1`, ` 1` and `1_0` for
+    numbers: so must this, or another spelling would pass by the guard."""
+    if version is None:
+        return True
+    try:
+        return int(held.version) == int(version)
+    except (TypeError, ValueError):  # then MLflow's own validation refuses it
+        return False

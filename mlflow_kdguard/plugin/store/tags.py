@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
-from mlflow.entities.model_registry.prompt_version import IS_PROMPT_TAG_KEY
+from mlflow.prompt.constants import IS_PROMPT_TAG_KEY
 
 from mlflow_kdguard.artifacts import CERTIFICATE, DECISION, OVERRIDE, REASON
 from mlflow_kdguard.policy import guarded_name
