@@ -8,16 +8,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.prompt.constants import _PROMPT_SOURCE_PLACEHOLDERS, IS_PROMPT_TAG_KEY
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 from mlflow.utils.workspace_context import WorkspaceContext, get_request_workspace
 
 from mlflow_kdguard.errors import RegistryError
 from mlflow_kdguard.registry.client import Connection
+from mlflow_kdguard.registry.versions import store_at
 
 DEFAULT_WORKSPACE = "default"
 LOG = "/api/2.0/kdguard/log"
@@ -26,6 +29,9 @@ LOG = "/api/2.0/kdguard/log"
 _PROMPTS = f"tags.`{IS_PROMPT_TAG_KEY}` = 'true'"
 _PAGE, _LOG_PAGE = 1000, 100
 _NO_STAGE = "None"
+_CHAINED = ("models:", "runs:")
+_FOLDERS = 10
+"""Folders of one version that are looked into; more tell nothing new about its format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,17 @@ class Listed:
     aliases: Mapping[str, str]
     stages: Mapping[str, str]
     prompt: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A version, as far as a listing tells; `stage` is empty where it has none."""
+
+    name: str
+    version: str
+    source: str
+    stage: str
+    tags: Mapping[str, str]
 
 
 def workspaces(connection: Connection) -> tuple[str, ...]:
@@ -70,10 +87,43 @@ def models(connection: Connection) -> Iterator[Listed]:
             yield _listed(model, prompt)
 
 
-def versions(connection: Connection) -> Iterator[ModelVersion]:
+def versions(connection: Connection) -> Iterator[Version]:
     """Every version of the workspace, those of prompts left out, by name."""
-    found = _paged(connection.client.search_model_versions, connection, None)
-    yield from (version for version in found if not is_prompt(version))
+    for found in _paged(connection.client.search_model_versions, connection, None):
+        if not is_prompt(found):
+            stage = str(found.current_stage or "")
+            yield Version(
+                name=str(found.name),
+                version=str(found.version),
+                source=str(found.source),
+                stage="" if stage == _NO_STAGE else stage,
+                tags=dict(found.tags),
+            )
+
+
+def location(connection: Connection, version: Version) -> str:
+    """The URI that a version's bytes finally lie under; the registry is asked where need be."""
+    if not version.source.startswith(_CHAINED):
+        return version.source
+    with connection.answering(f"locate version {version.version} of {version.name}"):
+        client = connection.client
+        return str(client.get_model_version_download_uri(version.name, version.version))
+
+
+def file_names(connection: Connection, location: str) -> tuple[str, ...]:
+    """Names of the files at a location, down to the folders directly below it; nothing is read.
+
+    Raises RegistryError where they cannot be listed, also where they are not on this machine.
+    """
+    with connection.answering(f"list {location}"):
+        local = urlsplit(location).scheme in ("", "file")
+        store = LocalArtifactRepository(location) if local else store_at(connection, location)
+        found = store.list_artifacts()
+        if local and not found:
+            raise RegistryError(f"there is nothing at {location} on this machine.")
+        folders = [item.path for item in found if item.is_dir][:_FOLDERS]
+        below = [item for folder in folders for item in store.list_artifacts(folder)]
+        return tuple(sorted(item.path for item in [*found, *below] if not item.is_dir))
 
 
 def alias(connection: Connection, name: str, alias: str) -> str | None:
