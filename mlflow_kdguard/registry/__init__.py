@@ -25,6 +25,7 @@ from mlflow_kdguard.registry.evidence import EVIDENCE
 from mlflow_kdguard.registry.metrics import RULES, metrics_of
 from mlflow_kdguard.registry.nonces import Nonce, handed_out
 from mlflow_kdguard.registry.runs import STAGE, WORK, WORK_DIR, Run, create, ended, search
+from mlflow_kdguard.registry.system import watched
 from mlflow_kdguard.registry.versions import Registered, Versions
 
 __all__ = ["RULES", "Bundle", "Nonce", "Registered", "Registry", "Run", "metrics_of"]
@@ -82,7 +83,7 @@ class Registry:
             if above:
                 marks[MLFLOW_PARENT_RUN_ID] = above
             run = create(self._connection, self.experiment_id(), name, marks)
-        with ended(run):
+        with ended(run), watched(run.id, self._connection.tracking_uri):
             yield run
 
     def experiment_id(self) -> str:

@@ -95,7 +95,7 @@ def policies(floor: Policy, manifest: Manifest, where: str) -> tuple[Policy, tup
     loose = [
         key
         for key, value in _leaves(policy.parse(wished, where=where).model_dump(mode="json"))
-        if both.get(key) != value
+        if key not in both or both[key] != value
     ]
     return result, tuple(loose)
 

@@ -40,6 +40,9 @@ class BackendConfig(Section):
     grace_seconds: Seconds = Field(20.0, description="time to stop before a process is killed")
     policy: str | None = Field(None, description="the operator's policy; default: the packaged one")
     key: str | None = Field(None, description="signing key; default: one made in work_dir")
+    verifier_key: str | None = Field(
+        None, description="verifier's key: the student is measured again as `kdguard verify` does"
+    )
     pins: tuple[str, ...] = Field((), description="evaluation data accepted: SHA-256 or data URI")
     require_triggers: tuple[str, ...] = Field(
         (), description="triggers that must have been measured: FILE[:CLASS] or SHA256[:CLASS]"

@@ -94,7 +94,7 @@ class Steps:
         answer = folder / ANSWER
         answer.unlink(missing_ok=True)
         grants = self.settings.model_dump(mode="json", exclude={"teacher", "stages", "work_dir"})
-        for key in ("policy", "key"):  # named from where the caller stands
+        for key in ("policy", "key", "verifier_key"):  # named from where the caller stands
             grants[key] = None if grants[key] is None else str(Path(grants[key]).absolute())
         limits = getattr(self.settings, step.limits)
         task = {
@@ -108,7 +108,7 @@ class Steps:
         }
         write_json(folder / TASK, task)
         own = {"MLFLOW_RUN_ID": self.parent.run.id}
-        words = [sys.executable, "-m", WORKER, str(folder)]
+        words = [sys.executable, "-P", "-m", WORKER, str(folder)]  # -P: not the project's torch.py
         done = self._process(words, step.name, own, step.limits, tethered=True)
         self._judge(step, done, _answered(answer))
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import suppress
 from typing import Any
 
 from mlflow_kdguard import plain_yaml
@@ -38,6 +39,9 @@ def read(text: str, kind: str, *, where: str) -> Any:
         value = plain_yaml.parse(text)
     except ValueError as error:
         raise ConfigError(f"-P {where}={text}: {error}.") from error
+    if isinstance(value, str) and "float" in kind.rstrip("?").split("|"):
+        with suppress(ValueError):
+            value = float(value)  # YAML reads 1e-3 as text
     if not conforms(value, kind):
         raise ConfigError(f"-P {where}={text}: a value of type {kind} is needed.")
     return value

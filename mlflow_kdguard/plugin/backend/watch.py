@@ -107,6 +107,7 @@ def run(
         finally:
             end(process, grace)
             reader.join(_DRAIN)
+            _close(process, reader)
     return Ended(process.returncode, stopped, tuple(stream.tail))
 
 
@@ -120,12 +121,24 @@ def end(process: "subprocess.Popen[bytes]", grace: float) -> None:
             os.killpg(process.pid, number)
         with suppress(subprocess.TimeoutExpired):
             process.wait(grace / 2)
+    _kill(process, ours)
+
+
+def _kill(process: "subprocess.Popen[bytes]", descendants: Sequence[psutil.Process]) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    for child in ours:
+    for child in descendants:
         with suppress(psutil.Error):
             child.kill()
     process.wait()
+
+
+def _close(process: "subprocess.Popen[bytes]", reader: threading.Thread) -> None:
+    if process.stdin is not None:
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+    if process.stdout is not None and not reader.is_alive():
+        process.stdout.close()
 
 
 @contextmanager
@@ -195,8 +208,7 @@ def _watched(process: "subprocess.Popen[bytes]", limits: Limits, grace: float) -
             end(process, min(grace, 2.0))  # what never ends seldom listens
             return f"it was stopped after {limits.seconds:g} s, its limit of wall time"
         if limits.memory_mib is not None and _resident(process.pid) > limits.memory_mib * _MIB:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # there is no time to ask
+            _kill(process, _descendants(process.pid))  # there is no time to ask
             return f"it was stopped at {limits.memory_mib} MiB, its limit of memory"
 
 

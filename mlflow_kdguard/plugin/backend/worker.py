@@ -64,6 +64,8 @@ def _carried_out(task: Mapping[str, Any], folder: Path) -> tuple[dict[str, str],
 
     config = GuardConfig.model_validate(task["config"])
     grant = _grant(task, config, folder)
+    if grant.trust_code:
+        sys.path.insert(0, str(Path.cwd()))  # an architecture may be the project's own
     _confine(config, task["memory_mib"])
     state = {"run_id": task["run_id"], "parent": None, "status": "RUNNING"}
     write_json(folder / RUN_FILE, state)  # the project's run is the pipeline's
@@ -114,6 +116,7 @@ def _grant(task: Mapping[str, Any], config: "GuardConfig", folder: Path) -> "Gra
     return Grant(
         policy=policy.parse(task["policy"], where="the policy"),
         signer=signing.Signer.load(key),
+        verifier=signing.Signer.load(Path(second)) if (second := grants["verifier_key"]) else None,
         pins=pins,
         panel=panel,
         allow_unpinned=grants["allow_unpinned"],
