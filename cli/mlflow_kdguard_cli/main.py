@@ -33,6 +33,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "gate": ("promote:gate", "The promotion decision, without acting on it."),
     "promote": ("promote:promote", "The decision, then the alias if it passes."),
+    "adopt": ("adopt:adopt", "Take stock of a registry that a gate is to guard."),
+    "sweep": ("sweep:sweep", "Every guarded alias, and what is wrong with one."),
     "server": (
         "server:server",
         "Operate a gated registry: check its settings, read its log, revoke, override.",

@@ -59,9 +59,10 @@ _FILE = click.Path(path_type=Path)
 def sweep(**flags: Any) -> int:
     """Every guarded alias, and what is wrong with one.
 
-    Exit code 3 where anything is. The bytes that each guarded alias or stage stands for are fetched and hashed again, the certificate is checked
-    against today's keys, revocations and dates, and the alias table is held against the server's
-    log, where there is one. Nothing is changed, and no model is loaded.
+    Exit code 3 where anything is. The bytes that each guarded alias or stage stands for are fetched
+    and hashed again, the certificate is checked against today's keys, revocations and dates, and
+    the alias table is held against the server's log, where there is one. Nothing is changed, and
+    no model is loaded.
 
     \b
     kdguard sweep --server-settings server.yaml --log-uri sqlite:///mlflow.db --json
