@@ -10,14 +10,22 @@ from typing import Any
 
 import yaml
 
+_DEEPEST = 64
+
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which refuses repeated keys and aliases."""
+    """The safe loader, which refuses repeated keys, aliases, and what is nested too deeply."""
+
+    _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it holds an alias (*), which stands for a part above")
+        if self._depth > _DEEPEST:  # three thousand braces took seconds to be read
+            raise yaml.YAMLError("it is nested too deeply")
+        self._depth += 1
         node: yaml.Node | None = super().compose_node(parent, index)
+        self._depth -= 1
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

@@ -89,7 +89,10 @@ def _proxied(place: Place) -> dict[str, bytes]:
     if not path:
         raise UnsafeModelError(f"{place} is the whole artifact store.")
     if isinstance(store, LocalArtifactRepository):
-        return _folder(Path(store.artifact_dir) / path)
+        folder, root = Path(store.artifact_dir, path), Path(store.artifact_dir)
+        if not folder.resolve().is_relative_to(root.resolve()):
+            raise UnsafeModelError(f"{place} is a link that leads out of the artifact store.")
+        return _folder(folder)
     return read_store(cast(Store, store), str(place), below=path)
 
 
