@@ -22,7 +22,7 @@ FILE = "plugin.yaml"
 MAIN = "main"
 """MLflow's name for the entry point where the user names none."""
 
-LEAVABLE = frozenset({"redteam", "register-teacher", "detox"})
+LEAVABLE = frozenset({"redteam", "register-teacher", "detox", "verify"})
 """Stages of ours that the later ones do without."""
 
 
