@@ -26,7 +26,7 @@ from mlflow_kdguard.plugin.log.chain import (
     resume,
 )
 from mlflow_kdguard.plugin.log.check import LogReport, verify
-from mlflow_kdguard.plugin.log.heads import Head, publish
+from mlflow_kdguard.plugin.log.heads import Head, publish, require_publishable
 from mlflow_kdguard.plugin.log.migrate import prepare, require_current
 from mlflow_kdguard.plugin.log.nonces import Nonce
 from mlflow_kdguard.plugin.log.tables import Database
@@ -50,6 +50,7 @@ __all__ = [
     "read_head",
     "require_current",
     "require_end",
+    "require_publishable",
     "resume",
     "seen",
     "verify",

@@ -137,6 +137,21 @@ def publish(head: Head, path: Path) -> None:
         ) from error
 
 
+def require_publishable(path: Path) -> None:
+    """Raise RegistryError unless heads can be appended to this file, which may be missing yet.
+
+    To be asked before a change: afterwards it stands, and its head would be nowhere but in the
+    database, where a cut tail does not show.
+    """
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644))
+    except OSError as error:
+        raise RegistryError(
+            f"the log's heads cannot be published to {path}: {error.strerror or error}.",
+            remedy="Make the file writable for the server.",
+        ) from error
+
+
 def newest(path: Path) -> Head | None:
     """The highest head among the last lines of a published file; None where there is none.
 

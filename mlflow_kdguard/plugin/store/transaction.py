@@ -95,12 +95,14 @@ class Transactions:
     def logged(self, what: str, settings: Settings, *, strict: bool = True) -> Iterator[Written]:
         """The same, to write entries in; the new head is published after the commit.
 
-        `strict` demands settings that are in force; a refusal is logged all the same.
+        `strict` demands settings that are in force and a file that takes heads; a refusal is
+        logged all the same.
         """
         with self.locked(what) as session:
             written = Written(session, settings, datetime.now(UTC))
             if strict:
                 written.accept_settings()
+                log.require_publishable(settings.head)
             yield written
         if written.last is not None:
             try:
