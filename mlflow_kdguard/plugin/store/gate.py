@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from mlflow.entities.model_registry.model_version_stages import get_canonical_stage
 
-from mlflow_kdguard.artifacts import CERTIFICATE, DECISION, REASON
+from mlflow_kdguard.artifacts import CERTIFICATE, DECISION, OVERRIDE, REASON
 from mlflow_kdguard.attest.overrides import Granted
 from mlflow_kdguard.errors import CertificateError, KDGuardError
 from mlflow_kdguard.files import sha256
@@ -111,18 +111,23 @@ class Gate:
             granted = None if judged.passed else override(asked, facts, judged, settings)
             location = kept(judged, settings)
         with self.transactions.logged(str(asked), settings) as written:
-            self._unchanged(written, facts)
+            self._unchanged(written, facts, location)
             enter(written, asked, judged, granted)
             result = act()
             self._mark(written, facts, location, granted)
         return result
 
-    def _unchanged(self, written: Written, facts: VersionFacts) -> None:
-        """What was judged is what is promoted: nothing about the version has changed since."""
+    def _unchanged(
+        self, written: Written, facts: VersionFacts, location: str | None = None
+    ) -> None:
+        """What was judged is what is promoted: nothing about the version has changed since.
+
+        Another promotion of the same bytes may have moved it to `location` meanwhile.
+        """
         row = self._store._get_sql_model_version(written.session, facts.name, facts.version)
         now = Rows(written.session, facts.workspace).facts(row)
-        before, after = ((f.source, f.storage_location, dict(f.tags)) for f in (facts, now))
-        if _decisive(before) != _decisive(after):
+        moved = now.storage_location not in (facts.storage_location, location)
+        if moved or _decisive(facts) != _decisive(now):
             raise CertificateError("the version was changed while it was judged. Ask again.")
 
     def _mark(
@@ -207,9 +212,9 @@ class Gate:
             return act()
 
 
-def _decisive(facts: tuple[str, str | None, dict[str, str]]) -> tuple[Any, ...]:
-    source, location, tags = facts
-    return source, location, {k: v for k, v in tags.items() if k not in (DECISION, REASON)}
+def _decisive(facts: VersionFacts) -> tuple[Any, ...]:
+    """What a judgement rests on, besides the bytes; who writes other tags stops no promotion."""
+    return facts.source, facts.tags.get(CERTIFICATE), facts.tags.get(OVERRIDE)
 
 
 def canonical(stage: str) -> str:
