@@ -49,6 +49,13 @@ class Content(_Block):
             _absolute(uri)
         return uri
 
+    @field_validator("root")
+    @classmethod
+    def _no_route_writes_it(cls, root: str) -> str:
+        if Place.of(root).scheme == "mlflow-artifacts":
+            raise ValueError("content.root lies where every client may write")
+        return root
+
     @property
     def served(self) -> str:
         """The URI that a promoted version names."""
