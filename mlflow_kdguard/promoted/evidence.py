@@ -1,11 +1,14 @@
 """Everything that speaks against the bytes and the certificate of one model version."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Literal
 
-from mlflow_kdguard import attest, bundle
+import yaml
+
+from mlflow_kdguard import attest, bundle, plain_yaml
+from mlflow_kdguard.artifacts import ADDED_BY_CLIENT
 from mlflow_kdguard.attest import Checked
 from mlflow_kdguard.errors import CertificateError, ModelError
 from mlflow_kdguard.files import sha256
@@ -23,6 +26,8 @@ serve something else."""
 _CERTIFY = "Certify and promote it anew, or take the alias away."
 _RESTORE = "Restore the certified files from a backup, or take the alias away; find out who wrote."
 _RENEW = "Measure and sign again (`kdguard verify`), and promote the version with it."
+
+_LONGEST_NOTE = 1 << 12
 
 LATE: tuple[Kind, ...] = ("expired", "expiring")
 """What time alone does: a warning for a model that serves already."""
@@ -59,6 +64,7 @@ def examine(
     `registries` are the identities that a certificate may name, `within` is how soon an end of
     validity is worth a word. Nothing about the version raises.
     """
+    stored = replace(stored, files=_without_notes(stored.files))
     shape = _shape(stored)
     envelope = stored.certificate()
     if envelope is None:
@@ -75,6 +81,27 @@ def examine(
         )
     faults = (*shape, *_drift(stored, checked), *_late(checked, now, within))
     return Evidence(checked, digest, faults)
+
+
+def _without_notes(files: Mapping[str, bytes]) -> Mapping[str, bytes]:
+    """The files without the note that MLflow's client leaves where it loads from.
+
+    In a content root two versions with the same bytes share a folder, so the note may name another
+    one than ours. Only a note that says no more than a name and a version is left out.
+    """
+    note = files.get(ADDED_BY_CLIENT)
+    if note is None or len(note) > _LONGEST_NOTE:
+        return files
+    try:
+        said = plain_yaml.parse(note)
+    except ValueError:
+        return files
+    if not isinstance(said, dict) or said.keys() != {"model_name", "model_version"}:
+        return files
+    plain = all(isinstance(value, str | int) for value in said.values())
+    if not plain or yaml.safe_dump(said, allow_unicode=True).encode() != note:
+        return files
+    return {path: data for path, data in files.items() if path != ADDED_BY_CLIENT}
 
 
 def _believed(

@@ -20,6 +20,7 @@ import onnxruntime as ort
 import pytest
 
 import toys
+from flows.gates import Gate, gated, toy_bundle
 from flows.promoted import (
     certify,
     champion,
@@ -290,6 +291,32 @@ def test_a_server_whose_artifacts_are_swapped_by_another_process(
         assert model.sha256 == sha256(true.read_bytes())
         results.add("loaded")
     assert count.read_text() == str(SWAPS)
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
+    with gated(tmp_path_factory.mktemp("gated")) as found:
+        yield found
+
+
+@pytest.mark.slow
+def test_a_gated_server_serves_what_was_promoted_whatever_is_written_since(gate: Gate) -> None:
+    import mlflow
+
+    keys, files = gate.operator.folder / "keys", toy_bundle()
+    versions = [gate.certified("gated", files), gate.certified("gated", files)]
+    for version, alias in zip(versions, ("champion", "production"), strict=True):
+        gate.promote("gated", version, alias)
+    mlflow.set_tracking_uri(gate.uri)
+    for alias in ("champion", "production"):  # each leaves a note in the one folder of both
+        mlflow.pyfunc.load_model(f"models:/gated@{alias}")
+    for alias, version in (("champion", versions[0]), ("production", versions[1])):
+        model = loaded(gate.uri, f"models:/gated@{alias}", keys=keys, role="verifier")
+        assert model.uri == f"models:/gated/{version}"
+        assert model.sha256 == sha256(files["model.onnx"])
+    run = gate.client.get_model_version("gated", versions[0]).run_id
+    gate.upload(run, toy_bundle(), "model")
+    assert loaded(gate.uri, "models:/gated@champion", keys=keys).sha256 == model.sha256
 
 
 # ── Where it runs ───────────────────────────────────────────────────────────────────────────────

@@ -62,6 +62,15 @@ def test_a_file_more_is_drift_and_shape(path: str) -> None:
     assert kinds(found(version({**FILES, path: b"x"}))) == ["shape", "drifted"]
 
 
+def test_a_note_of_mlflows_client_says_a_name_and_a_version_or_is_drift() -> None:
+    """Versions with the same bytes share a folder in a content root, and so the note of either."""
+    for note in (b"model_name: other\nmodel_version: '7'\n", b"model_name: x\nmodel_version: 1\n"):
+        assert kinds(found(version({**FILES, ADDED_BY_CLIENT: note}))) == [], note
+        for odd in (note + b"# evil\n", note + b"code: evil\n", b" " + note, note * 2, note[:-3]):
+            spoiled = found(version({**FILES, ADDED_BY_CLIENT: odd}))
+            assert kinds(spoiled) == ["shape", "drifted"], odd
+
+
 def test_a_file_less_is_drift() -> None:
     less = {path: data for path, data in FILES.items() if path != "requirements.txt"}
     assert kinds(found(version(less)))[-1] == "drifted"
