@@ -129,16 +129,20 @@ class Settings:
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read the settings in `path`; KDGuardError names the file and what is wrong in it."""
-        return cls._parsed(path, _sources(path))
+        data = _read(path, "the settings")
+        stated = _stated(data, str(path))
+        return cls._parsed(path, stated, _sources(path, data, stated))
 
     def current(self) -> "Settings":
         """These settings where no byte of them has changed since, else new ones."""
-        sources = _sources(self.path)
-        return self if sources == self.sources else self._parsed(self.path, sources)
+        data = _read(self.path, "the settings")
+        same = data == self.sources["settings"]
+        stated = self.stated if same else _stated(data, str(self.path))
+        sources = _sources(self.path, data, stated)
+        return self if sources == self.sources else self._parsed(self.path, stated, sources)
 
     @classmethod
-    def _parsed(cls, path: Path, sources: dict[str, bytes]) -> Self:
-        stated = _stated(sources["settings"], str(path))
+    def _parsed(cls, path: Path, stated: Stated, sources: dict[str, bytes]) -> Self:
         floor = read(sources["policy"], where="the policy") if stated.policy else load()
         narrowed = {
             guarded_name(name): _narrowed(floor, sources[f"models/{name}"], name)
@@ -205,11 +209,9 @@ def named() -> Path:
     return Path(value).absolute()
 
 
-def _sources(path: Path) -> dict[str, bytes]:
+def _sources(path: Path, data: bytes, stated: Stated) -> dict[str, bytes]:
     """Every file that the settings consist of, by role."""
-    sources = {"settings": _read(path, "the settings")}
-    stated = _stated(sources["settings"], str(path))
-    folder = path.parent
+    sources, folder = {"settings": data}, path.parent
     if stated.policy:
         sources["policy"] = _read(folder / stated.policy, "the policy")
     for name, file in stated.models.items():
