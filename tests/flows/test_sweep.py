@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 import toys
-from flows.gates import Gate, gated
+from flows.gates import Gate, gated, toy_bundle
 from flows.promoted import certify, champion, folder_of, local, now, opened, signer, stored
 from mlflow_kdguard.files import sha256
 from mlflow_kdguard.records import format_time
@@ -163,7 +163,7 @@ def test_what_cannot_be_asked_is_an_error_and_not_clean(
 
 @pytest.fixture(scope="module")
 def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
-    with gated(tmp_path_factory.mktemp("gated")) as found:
+    with gated(tmp_path_factory.mktemp("gated"), app=True) as found:
         yield found
 
 
@@ -216,6 +216,33 @@ def test_names_that_were_moved_past_the_gate(
     assert found.of("added") == [("champion", "1", "moved")]
     assert found.of("kept") == [("production", "7", "missing"), ("production", "7", "moved")]
     assert found.of("renewed") == found.of("taken") == []
+
+
+@pytest.mark.slow
+def test_the_servers_own_log_is_read_where_no_database_is_named(
+    gate: Gate, by_settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, shown = swept(capsys, *by_settings), swept(capsys, *by_settings[:-2])
+    assert shown.findings == whole.findings
+    assert shown.document["log"]["entries"] == whole.document["log"]["entries"]
+    assert (whole.document["log"]["verified"], shown.document["log"]["verified"]) == (True, False)
+
+
+@pytest.mark.slow
+def test_audit_mode_blocks_nothing_and_the_sweep_says_what_it_would_have(
+    gate: Gate, by_settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    version, _ = gate.registered("audited", toy_bundle())
+    gate.operator.write(mode="audit")
+    try:
+        gate.promote("audited", version)
+    finally:
+        gate.operator.write(mode="enforce")
+    found = swept(capsys, *by_settings)
+    assert found.of("audited") == [("champion", version, "uncertified")]
+    (entry,) = found.document["would_refuse"]
+    assert (entry["model"], entry["alias"], entry["version"]) == ("audited", "champion", version)
+    assert any("certificate" in reason for reason in entry["reasons"])
 
 
 @pytest.mark.slow
