@@ -10,8 +10,10 @@ def swept(w: World) -> str:
     import sys
 
     command = [
-        *(sys.executable, "-m", "mlflow_kdguard_cli.main", "sweep", "--json"),
-        *("--tracking-uri", w.server.uri),
+        *(sys.executable, "-c", "from mlflow_kdguard_cli.main import main; main()"),
+        *("sweep", "--json"),
+        *("--tracking-uri", w.server.uri, "--server-settings", str(w.settings)),
+        *("--log-uri", w.database),
     ]
     user, password = w.http.auth or ("", "")  # type: ignore[misc]
     login = {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
