@@ -41,10 +41,10 @@ WHOLE, SAMPLED = "sqlite", "postgres-auth-app"
 def _rows() -> Iterator[object]:
     """Every row on every server. The whole table runs on one by default, one variant of every row
     on another, and the rest is slow."""
-    for server in SERVERS:
+    for server, options in SERVERS.items():
         seen: set[str] = set()
         for attack in ATTACKS.values():
-            if attack.needs and not SERVERS[server].get(attack.needs):
+            if attack.needs and not options.get(attack.needs):
                 continue
             base = attack.name.partition(":")[0]
             default = server == WHOLE or (server == SAMPLED and base not in seen)
