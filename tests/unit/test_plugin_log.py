@@ -642,3 +642,29 @@ def _file(lines: Any) -> Iterator[Path]:
         path = Path(folder) / "heads.jsonl"
         path.write_bytes(b"".join(lines))
         yield path
+
+
+# ── Databases that are not here ─────────────────────────────────────────────────────────────────
+
+
+def test_mysql_gets_tables_that_it_can_make_and_a_lock_that_it_takes() -> None:
+    """Compiled only: no index over more of a text than MySQL allows, every row in utf8mb4."""
+    from sqlalchemy.dialects import mysql
+    from sqlalchemy.schema import CreateIndex, CreateTable
+
+    dialect = mysql.dialect()
+    made = [str(CreateTable(t).compile(dialect=dialect)) for t in tables.metadata.sorted_tables]
+    assert all("CHARSET=utf8mb4" in text for text in made)
+    assert not any("PRIMARY KEY (text" in text or "AUTO_INCREMENT" in text for text in made)
+    (index,) = tables.log.indexes
+    assert "(model(191))" in str(CreateIndex(index).compile(dialect=dialect))
+    assert "FOR UPDATE" in str(sa.select(tables.head).with_for_update().compile(dialect=dialect))
+
+
+def test_the_lock_is_a_write_before_anything_is_read() -> None:
+    """On SQLite a transaction that had read first could not wait for another writer."""
+    with opened(KEPT.image) as engine:
+        seen: list[str] = []
+        sa.event.listen(engine, "before_cursor_execute", lambda *a: seen.append(a[2]))
+        write(engine, 1)
+    assert seen[0].startswith("UPDATE kdguard_head")

@@ -35,11 +35,13 @@ def override(asked: Asked, facts: VersionFacts, judged: Judgement, settings: Set
     if text is not None and not settings.stated.overrides:
         reasons.append("override: this server's settings do not allow overrides.")
     elif text is not None and judged.files is not None and _safe(judged):
+        envelope, now = text.encode("utf-8", "surrogatepass"), datetime.now(UTC)
         try:
+            settings.keys.revocations.refuse(envelope, (), now)
             return log.overrides.check(
-                text.encode("utf-8", "surrogatepass"),
+                envelope,
                 verifiers=settings.verifiers,
-                now=datetime.now(UTC),
+                now=now,
                 files=judged.files,
                 model=asked.name,
                 version=asked.version,

@@ -1,0 +1,1 @@
+"""What the log costs writers that come at once."""
