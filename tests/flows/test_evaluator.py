@@ -26,10 +26,11 @@ from mlflow_kdguard.registry import Registry
 from mlflow_kdguard.triggers import Trigger
 
 pytestmark = [
-    # MLflow's own, while it builds a data set of arrays and loads a model.
+    # MLflow's own: its import hooks, its use of pandas, type hints and integer columns.
+    pytest.mark.filterwarnings("ignore::ImportWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:mlflow"),
     pytest.mark.filterwarnings("ignore::FutureWarning:mlflow"),
-    pytest.mark.filterwarnings("ignore:.*type hint.*:UserWarning"),
 ]
 
 STUDENT = toys.onnx_tiny(shape=(1, 8, 8), classes=10)
