@@ -2,9 +2,14 @@
 
     teacher ─► audit ─► detox ─► distill ─► export ─► register ─► audit-student ─► measure
                          reference  student   *.onnx    version,                     │
-                                                        no alias     certify ◄───────┘
-                                                                        │
-                                           promote ◄─ gate ◄─ attest ◄──┘
+                                                        no alias     certify ◄───────┤
+                                                                        │         verify
+                                           promote ◄─ gate ◄─ attest ◄──┘            │
+                                                       ▲─────────────────────────────┘
+
+A builder bounds and states its own figures, which the packaged policy does not believe. Where a
+verifier's key is at hand, `verify` measures the stored version again in their place, as
+`kdguard verify` does elsewhere.
 
 From `export` on, everything reads the ONNX bytes that ship. Each stage is a nested MLflow run and
 a folder on disk; a stage whose inputs did not change is not run again.
@@ -14,12 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlflow_kdguard.config import GuardConfig
-from mlflow_kdguard.flow import given, judging, making
+from mlflow_kdguard.errors import UsageError
+from mlflow_kdguard.flow import given, judging, making, verifying
 from mlflow_kdguard.flow.work import Grant, Work, opened
 from mlflow_kdguard.records import Decision, Figures, Progress, silent
 from mlflow_kdguard.registry import Run
 
 __all__ = ["Grant", "Outcome", "guard", "staged"]
+
+BUILDERS_OWN = ("certify", "attest")
+"""Stages that a verifier's work takes the place of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +70,26 @@ def guard(
 
 
 def staged(work: Work) -> Outcome:
-    """The stages in their order; Reached where the work stops at one before the gate."""
+    """The stages in their order; Reached where the work stops at one before the gate.
+
+    Raises UsageError where it shall stop at `verify`, and there is no verifier's key.
+    """
+    if work.until == "verify" and work.grant.verifier is None:
+        raise UsageError("the stage verify needs a verifier's key.", remedy="Name verifier_key.")
     shown = given.images(work)
     made = _made(work, shown)
     version = judging.version_of(judging.registered(work, made))
     student_audit = making.audit(work, "audit-student", made.exported, making.STUDENT, shown)
     measured = judging.measured(work, made, (made.audit, student_audit), shown)
-    bounds = judging.certified(work, made, shown)
-    figures = judging.figures(made, measured, bounds, student_audit)
-    judging.attested(work, made, figures, version, shown)
-    decision = judging.decided(work, version)
-    acts = decision.passed and work.until != "gate"
+    if work.grant.verifier is None or work.until in BUILDERS_OWN:
+        nonce, bounds = work.nonce, judging.certified(work, made, shown)
+        figures = judging.figures(made, measured, bounds, student_audit)
+        judging.attested(work, made, figures, version, shown)
+    else:
+        seen = verifying.verified(work, made, version, shown)
+        nonce, figures = seen.recorded["nonce"], verifying.figures(seen)
+    decision = judging.decided(work, version, nonce=nonce)
+    acts = decision.passed and work.until in (None, "promote")
     alias = judging.promoted(work, version) if acts else None
     return Outcome(work.run.id, work.folder, version.uri, alias, figures, decision)
 

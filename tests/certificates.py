@@ -96,17 +96,22 @@ def figures(**changes: Any) -> Figures:
 
 
 def certificate(**changes: Any) -> Certificate:
-    """A certificate about FILES; what is not a field of Certificate changes its figures."""
+    """A verifier's certificate about FILES; what is no field of Certificate changes its figures."""
     named = {key: changes.pop(key) for key in list(changes) if key in Figures.model_fields}
     values: dict[str, Any] = {
         "subjects": tuple(Subject(path=p, sha256=sha256(FILES[p])) for p in sorted(FILES)),
         "model_name": "digits", "registry": "http://registry", "reference": Model(sha256=REFERENCE),
         "teacher": Model(sha256=TEACHER), "data": (TEST,), "triggers": (TRIGGER,),
-        "figures": figures(**named), "figures_from": "imported", "config": sha256(b"config"),
+        "figures": figures(**named), "figures_from": "recomputed", "config": sha256(b"config"),
         "seed": 7, "tools": {"onnxruntime": "1.22"}, "issued": format_time(NOW - timedelta(days=1)),
         "expires": format_time(NOW + timedelta(days=30)),
     }  # fmt: skip
     return Certificate(**(values | changes))
+
+
+def imported(**changes: Any) -> Certificate:
+    """The builder's own certificate about FILES."""
+    return certificate(**({"figures_from": "imported"} | changes))
 
 
 @cache
@@ -116,8 +121,8 @@ def packaged() -> Policy:
 
 
 def decided(made: Certificate | None, policy: Policy | None = None, **grants: Any) -> Decision:
-    """The gate's answer, signed by the builder with the test data pinned unless told otherwise."""
+    """The gate's answer, signed by the verifier with the test data pinned unless told otherwise."""
     from mlflow_kdguard.gate import decide
 
-    values = {"signers": (BUILDER,), "now": NOW, "pins": (TEST.sha256,)} | grants
+    values = {"signers": (VERIFIER,), "now": NOW, "pins": (TEST.sha256,)} | grants
     return decide(made, packaged() if policy is None else policy, **values)

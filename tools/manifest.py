@@ -34,6 +34,7 @@ STAGES: tuple[tuple[str, str, str | None], ...] = (
     ("measure", "kdguard measure", "measure"),
     ("certify", "kdguard certify", "certify"),
     ("attest", "kdguard attest", "attest"),
+    ("verify", "kdguard verify", None),
     ("gate", "kdguard gate", None),
     ("promote", "kdguard promote", "registry"),
 )

@@ -30,6 +30,7 @@ __all__ = [
     "cosign",
     "issue",
     "keygen",
+    "require_verifier",
     "retire",
     "signer_of",
     "subjects_of",
@@ -47,6 +48,17 @@ class Checked:
 def subjects_of(files: Mapping[str, bytes]) -> tuple[Subject, ...]:
     """The subjects of a bundle: every file with its digest, by path."""
     return tuple(Subject(path=path, sha256=sha256(files[path])) for path in sorted(files))
+
+
+def require_verifier(signer: Signer) -> None:
+    """UsageError for a key that may not sign recomputed figures."""
+    record = signer.verifier.record
+    if record.role != "verifier":
+        raise UsageError(
+            f"the key {record.key[:16]}… of {record.owner} is a {record.role}'s: it cannot sign "
+            "recomputed figures.",
+            remedy="Make one with `kdguard keygen FILE --owner NAME --role verifier`.",
+        )
 
 
 def issue(certificate: Certificate, signer: Signer) -> bytes:

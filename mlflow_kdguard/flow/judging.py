@@ -191,10 +191,10 @@ def attested(work: Work, made: Made, taken: Figures, version: Registered, shown:
         work.registry.store_certificate(version.uri, envelope)
         return Produced([CERTIFICATE], {"issued": certificate.issued})
 
-    return work.stage("attest", inputs, compute, holds=lambda entry: _valid(work, entry))
+    return work.stage("attest", inputs, compute, holds=lambda entry: valid(work, entry))
 
 
-def _valid(work: Work, entry: Entry) -> bool:
+def valid(work: Work, entry: Entry) -> bool:
     """Whether the stored certificate is young enough for itself and for the policy."""
     limits = (
         work.config.attest.expires_after_days,
@@ -205,10 +205,11 @@ def _valid(work: Work, entry: Entry) -> bool:
     return age < timedelta(days=days)
 
 
-def decided(work: Work, version: Registered) -> Decision:
+def decided(work: Work, version: Registered, *, nonce: str) -> Decision:
     """Decide about the stored version under the operator's policy; act on a pass.
 
-    The decision is taken anew each time: it depends on the clock and on the caller's grant.
+    `nonce` is the one that was handed out to whoever signed. The decision is taken anew each time:
+    it depends on the clock and on the caller's grant.
     """
     grant = work.grant
     with work.run.stage("gate") as nested:
@@ -216,11 +217,12 @@ def decided(work: Work, version: Registered) -> Decision:
             work.registry,
             version.uri,
             policy=grant.policy,
-            verifiers=(grant.signer.verifier,),
+            verifiers=grant.verifiers,
             now=datetime.now(UTC),
             pins=grant.pins,
             panel=grant.panel,
             allow_unpinned=grant.allow_unpinned,
+            nonce=nonce,
         )
         write_json(work.folder / DECISION, decision.document())
         nested.log_files(work.folder, {DECISION: sha256_file(work.folder / DECISION)})

@@ -106,7 +106,7 @@ def verify(
     ModelError for a bundle that could serve anything else, CertificateError where bytes are not
     those that were claimed, RegistryError, and what the measurements raise.
     """
-    _refuse_builder(own.signer)
+    attest.require_verifier(own.signer)
     version = _fetched(registry, uri, own)
     stored, nets = version.stored, version.nets
     name, student = stored.name or "", sha256(nets.student)
@@ -126,16 +126,6 @@ def verify(
     envelope = attest.issue(certificate, own.signer)
     registry.store_certificate(stored.uri, envelope)
     return Verified(stored.uri, certificate, envelope, measurement, bounds)
-
-
-def _refuse_builder(signer: Signer) -> None:
-    record = signer.verifier.record
-    if record.role != "verifier":
-        raise UsageError(
-            f"the key {record.key[:16]}… of {record.owner} is a {record.role}'s: it cannot sign "
-            "recomputed figures.",
-            remedy="Make one with `kdguard keygen FILE --owner NAME --role verifier`.",
-        )
 
 
 def _fetched(registry: Registry, uri: str, own: Own) -> _Version:

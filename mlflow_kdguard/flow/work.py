@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 
 from mlflow_kdguard import __version__, devices
-from mlflow_kdguard.attest.signing import Signer
+from mlflow_kdguard.attest import Signer, Verifier, require_verifier
 from mlflow_kdguard.config import GuardConfig
 from mlflow_kdguard.errors import UsageError
 from mlflow_kdguard.files import sha256_file, write_json
@@ -40,15 +40,30 @@ RUN_FILE, CONFIG_FILE = "run.json", "config.json"
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What only the caller may grant; no configuration can."""
+    """What only the caller may grant; no configuration can.
+
+    With a `verifier`, a key of that role, the student is measured again as `kdguard verify` does.
+    Raises UsageError for a key of another role.
+    """
 
     policy: Policy
     signer: Signer
+    verifier: Signer | None = None
     pins: tuple[str, ...] = ()
     panel: tuple[str, ...] = ()
     allow_unpinned: bool = False
     trust_code: bool = False
     download: bool = False
+
+    def __post_init__(self) -> None:
+        if self.verifier is not None:
+            require_verifier(self.verifier)
+
+    @property
+    def verifiers(self) -> tuple[Verifier, ...]:
+        """The keys that the decision believes."""
+        signers = (self.signer, self.verifier)
+        return tuple(signer.verifier for signer in signers if signer is not None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,9 @@ from mlflow_kdguard_cli.main import answer
 
 NAME = "attacked"
 
+BELIEVED = "certificate: {figures_from: any}\n"
+"""What an operator states who takes the builder's word: these certificates are the builder's."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -141,14 +144,18 @@ def _out(place: Place) -> list[str]:
 
 
 def _asked(place: Place, *more: str, uri: str = "", command: str = "gate") -> int:
+    """Ask under a policy that believes the builder, who signed here, unless told otherwise."""
     own = ["--key", str(place.folder / "key.pub"), "--pin", c.TEST.sha256]
+    if "--policy" not in more:
+        own += ["--policy", str(place.write("builder.yaml", BELIEVED))]
     return answer(
         [command, uri or place.uri, *own, "--tracking-uri", place.registry.identity, *more]
     )
 
 
-def test_the_version_passes_as_it_is(place: Place) -> None:
+def test_the_version_passes_as_it_is_where_the_builder_is_believed(place: Place) -> None:
     assert _asked(place) == 0
+    assert _asked(place, "--policy", str(place.write("packaged.yaml", "policy: {}"))) == 3
 
 
 # ── Documents about other models ────────────────────────────────────────────────────────────────
@@ -205,7 +212,7 @@ def test_a_bundle_that_serves_another_model_is_neither_signed_nor_good(place: Pl
     assert _attest(place, {}, student=folder) == 5
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     now = datetime.now(UTC)
-    made = c.certificate(
+    made = c.imported(
         subjects=attest.subjects_of(files),
         issued=format_time(now),
         expires=format_time(now + timedelta(days=1)),
@@ -274,7 +281,7 @@ def test_a_version_with_an_odd_source_is_not_fetched_from_here(
 @pytest.mark.parametrize(
     ("policy", "code"),
     [
-        ("asr: {upper_at_most: 0.0001}", 3),
+        (f"{BELIEVED}asr: {{upper_at_most: 0.0001}}", 3),
         ("asr: {upper_at_most: yes}", 2),
         ("asr: {upper_at_most: 0.0001}\nasr: {panel: []}", 2),
         ("asr: {upper_at_most: 0.0001, upper_at_most: 0.9}", 2),
@@ -286,8 +293,8 @@ def test_a_version_with_an_odd_source_is_not_fetched_from_here(
         ('asr: {upper_at_most: !!int ""}', 2),
         (f"asr: {{upper_at_most: {'9' * 5000}}}", 2),
         ("[" * 5000, 2),
-        (f"asr: {{panel: ['{c.TRIGGER}:1']}}", 3),
-        (f"asr: {{panel: ['{c.TRIGGER}:0']}}", 0),
+        (f"{BELIEVED}asr: {{panel: ['{c.TRIGGER}:1']}}", 3),
+        (f"{BELIEVED}asr: {{panel: ['{c.TRIGGER}:0']}}", 0),
     ],
 )
 def test_a_policy_is_read_in_one_way(place: Place, policy: str, code: int) -> None:

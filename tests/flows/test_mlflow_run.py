@@ -46,6 +46,7 @@ def _lenient(folder: Path) -> str:
     body["reference"]["gap_mean_at_most"] = 1.0
     body["faithful"] = None
     body["export"] = None
+    body["certificate"]["figures_from"] = "any"  # nobody verifies here
     (folder / "policy.yaml").write_text(yaml.safe_dump({"policy": body}))
     return str(folder / "policy.yaml")
 

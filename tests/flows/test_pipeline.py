@@ -1,6 +1,7 @@
 """The pipeline in this process, on real digits and a real store, with little training."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -345,13 +346,43 @@ def test_a_teacher_from_the_registry_is_guarded(
         "digits#test",
     ]
     assert answer([*argv, "--json"]) == REFUSED
-    answered = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    answered = json.loads(printed.out)
     assert answered["uri"] == "models:/from-registry/1"
-    failed = [r["rule"] for r in answered["decision"]["rules"] if not r["ok"]]
-    assert "data" not in failed
+    assert "certificate.figures_from" in _failed(answered)
+    assert "data" not in _failed(answered)
+    _told_how_to_verify(printed.err, tmp_path, capsys)
+    again = [*argv, "--json", "--verifier-key", str(tmp_path / "verifier.pem")]
+    assert answer(again) == REFUSED
+    seen = json.loads(capsys.readouterr().out)
+    assert seen["uri"] == answered["uri"]
+    assert "certificate.figures_from" not in _failed(seen)
+    assert (tmp_path / "work" / "verify" / "certificate.dsse.json").is_file()
     resumed = answer(["run", "--resume", answered["run"], "--tracking-uri", uri, "--json"])
     assert resumed == REFUSED
     assert answer(["teacher", "import", named, "--tracking-uri", uri]) == 0
+
+
+def _failed(document: dict[str, Any]) -> list[str]:
+    return [rule["rule"] for rule in document["decision"]["rules"] if not rule["ok"]]
+
+
+def _told_how_to_verify(text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Carry out, word by word, what a refused run says, but with a folder for its key."""
+    lines = [line.strip() for line in text.splitlines() if line.startswith("  kdguard ")]
+    commands = [
+        [
+            str(folder / word) if word.startswith("verifier.pem") else word
+            for word in shlex.split(line)
+        ]
+        for line in lines
+    ]
+    assert [command[1] for command in commands] == ["keygen", "verify", "promote"]
+    for command, code in zip(commands, (0, 0, REFUSED), strict=True):
+        capsys.readouterr()
+        assert answer([*command[1:], "--json"]) == code
+    decision = json.loads(capsys.readouterr().out)
+    assert "certificate.figures_from" not in _failed({"decision": decision})
 
 
 def test_figures_left_out_stay_out() -> None:

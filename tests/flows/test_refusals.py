@@ -136,12 +136,12 @@ def _decided(case: Case, *, samples: int = 100) -> Decision:
     parity = case.parity.model_copy(update={"model": Model(sha256=sha256(case.student))})
     figures = figures_of(measurement=measured, bounds=bounds, audits=audits, parity=parity)
     now = datetime.now(UTC)
-    signer = signer_of(Ed25519PrivateKey.generate(), owner="me", role="builder", valid_from=now)
+    signer = signer_of(Ed25519PrivateKey.generate(), owner="me", role="verifier", valid_from=now)
     files = {"model.onnx": case.student}
     certificate = Certificate(
         subjects=attest.subjects_of(files), model_name="toy", registry="",
         reference=Model(sha256=sha256(case.reference)), teacher=Model(sha256=sha256(case.teacher)),
-        data=(source,), triggers=(case.trigger.sha256,), figures=figures, figures_from="imported",
+        data=(source,), triggers=(case.trigger.sha256,), figures=figures, figures_from="recomputed",
         config="0" * 64, seed=0, tools={}, issued=format_time(now),
         expires=format_time(now + timedelta(days=30)),
     )  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flows.stories import START, run_states, student, told
-from mlflow_kdguard import data
+from mlflow_kdguard import attest, data
 from mlflow_kdguard.files import sha256_file
 from mlflow_kdguard_cli.main import answer
 
@@ -92,7 +92,7 @@ def test_a_second_run_does_nothing_again(story: dict[str, Any], place: Path) -> 
 
 
 def _keys(place: Path) -> str:
-    return str(place / "work" / "keys" / "builder.pem.pub")
+    return str(place / "work" / "keys" / "verifier.pem.pub")
 
 
 def test_promote_and_gate_agree_with_the_pipeline(
@@ -106,6 +106,25 @@ def test_promote_and_gate_agree_with_the_pipeline(
     assert "asr" in [rule["rule"] for rule in refused["rules"] if not rule["ok"]]
     assert answer(["promote", guarded, "--alias", "second", *common]) == 0
     assert mlflow.MlflowClient(uri).get_model_version_by_alias("kdguard-demo", "second")
+    capsys.readouterr()
+
+
+def test_the_promoted_figures_are_the_verifiers(
+    story: dict[str, Any], place: Path, uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The builder bounds and signs nothing where a verifier follows; its key opens nothing."""
+    work = place / "work" / "guarded"
+    assert not (work / "certify").exists()
+    assert not (work / "attest").exists()
+    envelope = (work / "verify" / "certificate.dsse.json").read_bytes()
+    tags = mlflow.MlflowClient(uri).get_model_version("kdguard-demo", "1").tags
+    assert tags["kdguard.certificate"].encode() == envelope
+    certificate = attest.claimed(envelope)
+    assert certificate.figures_from == "recomputed"
+    assert [a.model for a in certificate.figures.audit.values()]
+    builder = ["--key", str(place / "work" / "keys" / "builder.pem.pub"), "--pin", "mnist5k#test"]
+    guarded = student(story, "guarded")["uri"]
+    assert answer(["gate", guarded, *builder, "--tracking-uri", uri]) == 3
     capsys.readouterr()
 
 
@@ -163,7 +182,7 @@ def test_check_needs_neither_torch_nor_mlflow(story: dict[str, Any], place: Path
         "-c",
         code,
         "check",
-        str(guarded / "attest" / "certificate.dsse.json"),
+        str(guarded / "verify" / "certificate.dsse.json"),
         "--model",
         str(guarded / "export" / "student.onnx"),
         "--key",

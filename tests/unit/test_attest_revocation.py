@@ -30,7 +30,7 @@ def key(seed: int, owner: str, role: Role, **validity: Any) -> Signer:
 
 BEA, VIC = key(1, "Bea", "builder"), key(2, "Vic", "verifier")
 OLD, NEW = key(3, "Vic", "verifier", valid_until=TURN), key(4, "Vic", "verifier", valid_from=TURN)
-ENVELOPE = attest.cosign(attest.issue(c.certificate(), BEA), VIC)
+ENVELOPE = attest.cosign(attest.issue(c.imported(), BEA), VIC)
 
 
 def changed(signer: Signer, **changes: Any) -> Verifier:
@@ -39,7 +39,7 @@ def changed(signer: Signer, **changes: Any) -> Verifier:
 
 
 def dated(moment: datetime) -> Certificate:
-    made: Certificate = c.certificate(issued=format_time(moment))
+    made: Certificate = c.imported(issued=format_time(moment))
     return made
 
 
@@ -54,7 +54,7 @@ def check(envelope: bytes, *trusted: Verifier, **more: Any) -> attest.Checked:
 def test_one_owner_with_two_keys_is_one_signer(second: str) -> None:
     """However the checker's own records spell the owner."""
     twin = key(5, second, "verifier")
-    both = attest.cosign(attest.issue(c.certificate(), BEA), twin)
+    both = attest.cosign(attest.issue(c.imported(), BEA), twin)
     checked = check(both, BEA.verifier, twin.verifier)
     assert len(checked.signers) == 2
     assert _two_owners(checked) == ("certificate.signers",)
@@ -62,7 +62,7 @@ def test_one_owner_with_two_keys_is_one_signer(second: str) -> None:
 
 def test_two_owners_are_two_and_one_key_that_signs_twice_is_one() -> None:
     assert _two_owners(check(ENVELOPE, BEA.verifier, VIC.verifier)) == ()
-    opened = Envelope.from_bytes(attest.issue(c.certificate(), BEA))
+    opened = Envelope.from_bytes(attest.issue(c.imported(), BEA))
     twice = Envelope(opened.payload, opened.signatures * 2).to_bytes()
     assert _two_owners(check(twice, BEA.verifier)) == ("certificate.signers",)
 
@@ -125,7 +125,7 @@ def test_a_revoked_certificate_stays_revoked_whoever_signs_beside_or_is_cut_away
         check(variant, *trusted)
         with pytest.raises(CertificateError, match="certificate is revoked"):
             check(variant, *trusted, revoked=revoked)
-    other = attest.issue(c.certificate(seed=8), BEA)
+    other = attest.issue(c.imported(seed=8), BEA)
     assert check(other, *trusted, revoked=revoked)
 
 
@@ -208,9 +208,7 @@ def test_a_compromise_is_written_down(record: Path, capsys: pytest.CaptureFixtur
     assert parse_time(written["compromised"]) <= datetime.now(UTC)
     signer = Signer.load(record.with_suffix(""))
     issued = datetime.now(UTC) + timedelta(seconds=1)
-    made = c.certificate(
-        issued=format_time(issued), expires=format_time(issued + timedelta(days=1))
-    )
+    made = c.imported(issued=format_time(issued), expires=format_time(issued + timedelta(days=1)))
     with pytest.raises(CertificateError, match="compromised"):
         attest.issue(made, signer)
 

@@ -37,6 +37,7 @@ ORDER = [
     "measure",
     "certify",
     "attest",
+    "verify",
     "gate",
     "promote",
 ]

@@ -62,7 +62,7 @@ def test_the_packaged_policy_has_the_designs_values() -> None:
         "audit": {"teacher": "ran", "student": "ran"},
         "export": {"parity_at_most": 1e-4},
         "certificate": {
-            "figures_from": "any", "signers_at_least": 1, "expires_after_days": 90.0
+            "figures_from": "recomputed", "signers_at_least": 1, "expires_after_days": 90.0
         },
     }  # fmt: skip
 

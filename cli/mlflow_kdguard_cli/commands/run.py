@@ -1,8 +1,7 @@
 """`kdguard run` and `kdguard demo`: the pipeline, and the story around it."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,9 +10,10 @@ from click.core import ParameterSource
 from mlflow_kdguard_cli import options
 
 if TYPE_CHECKING:
+    from mlflow_kdguard.attest import Signer
+    from mlflow_kdguard.attest.signing import Role
     from mlflow_kdguard.config import GuardConfig
-    from mlflow_kdguard.pipeline import Grant, Outcome
-    from mlflow_kdguard.story import Row, Story
+    from mlflow_kdguard.pipeline import Grant
 
 
 @click.command()
@@ -40,6 +40,11 @@ if TYPE_CHECKING:
     envvar="KDGUARD_KEY",
     help="Signing key (kdguard keygen); default: one is made in the output folder.",
 )
+@click.option(
+    "--verifier-key",
+    envvar="KDGUARD_VERIFIER_KEY",
+    help="Verifier's key: measure the registered student again and sign, as `kdguard verify` does.",
+)
 @options.registry_options
 @options.gate_options
 @options.trust_code
@@ -60,7 +65,7 @@ def run(**flags: Any) -> int:
     Exit code 3 means that the student was refused.
     """
     from mlflow_kdguard.pipeline import guard
-    from mlflow_kdguard_cli import render
+    from mlflow_kdguard_cli import outcomes, render
 
     as_json = bool(flags["as_json"])
     config = _config(flags)
@@ -69,13 +74,15 @@ def run(**flags: Any) -> int:
             from mlflow_kdguard.story import tell
 
             story = tell(config, _grant(flags, config), progress=progress)
-            return _finish(story, as_json)
+            return outcomes.finish(story, as_json)
         outcome = guard(config, _grant(flags, config), progress=progress)
     render.decision(outcome.decision, outcome.uri)
     if outcome.alias is not None:
         render.say(f"promoted: {outcome.uri} is @{outcome.alias} now")
+    if hint := outcomes.unverified(outcome, config):
+        render.say(hint)
     render.say(f"every file is in {outcome.folder}; MLflow run {outcome.run_id}")
-    render.document(_outcome_document(outcome), as_json)
+    render.document(outcomes.outcome_document(outcome), as_json)
     return 0 if outcome.decision.passed else 3
 
 
@@ -100,19 +107,19 @@ def demo(out: Path, overrides: tuple[str, ...], as_json: bool) -> int:
 
     from mlflow_kdguard.config import load
     from mlflow_kdguard.story import tell
-    from mlflow_kdguard_cli import render
+    from mlflow_kdguard_cli import outcomes, render
 
     place = out.resolve()
     store = f"sqlite:///{place / 'mlflow.db'}"
     own = {f"registry.{name}": store for name in ("tracking_uri", "registry_uri")}
     packaged = Path(str(files("mlflow_kdguard") / "demo.yaml"))
     config = load(packaged, overrides, {**own, "run.work_dir": str(place)})
-    grant = _grant({}, config)
+    grant = replace(_grant({}, config), verifier=_own_key(place, "verifier"))
     with render.progress() as progress:
         story = tell(config, grant, progress=progress)
-    code = _finish(story, as_json)
-    render.say(_serves(story, config, grant.signer.verifier))
-    render.say(_afterwards(story, config, place))
+    code = outcomes.finish(story, as_json)
+    render.say(outcomes.serves(story, config, grant))
+    render.say(outcomes.afterwards(story, config, place))
     return code
 
 
@@ -183,6 +190,7 @@ def _grant(flags: dict[str, Any], config: "GuardConfig") -> "Grant":
     return Grant(
         policy=options.chosen_policy(flags.get("policy_file")),
         signer=_signer(flags.get("key") or None, Path(config.run.work_dir)),
+        verifier=_verifier(flags),
         pins=options.pinned(
             flags.get("pins", ()),
             None if config.data.root is None else Path(config.data.root),
@@ -195,106 +203,27 @@ def _grant(flags: dict[str, Any], config: "GuardConfig") -> "Grant":
     )
 
 
-def _signer(named: str | None, folder: Path) -> Any:
+def _signer(named: str | None, folder: Path) -> "Signer":
     """The caller's key, or one made for this folder, which says so."""
-    from mlflow_kdguard.attest import signing
+    from mlflow_kdguard.attest import Signer
+
+    return Signer.load(Path(named)) if named else _own_key(folder, "builder")
+
+
+def _verifier(flags: dict[str, Any]) -> "Signer | None":
+    from mlflow_kdguard.attest import Signer
+
+    named = flags.get("verifier_key")
+    return Signer.load(Path(named)) if named else None
+
+
+def _own_key(folder: Path, role: "Role") -> "Signer":
+    """A key that only this folder's checks know."""
+    from mlflow_kdguard.attest import Signer, keygen
     from mlflow_kdguard_cli import render
 
-    key = folder / "keys" / "builder.pem" if named is None else Path(named)
-    if named is None and not key.exists():
-        signing.keygen(key, owner="builder", role="builder")
-        render.say(f"no --key was given: made {key}, which only this folder's checks know")
-    return signing.Signer.load(key)
-
-
-def _finish(story: "Story", as_json: bool) -> int:
-    from mlflow_kdguard_cli import render
-
-    for row in story.rows:
-        if row.outcome is not None:
-            render.decision(row.outcome.decision, f"{row.student} student, {row.outcome.uri}")
-    render.table(
-        "Students of equal training on the same contaminated images",
-        ("student", "accuracy", "ASR", "at most", "lift", "gap proved", "gate"),
-        [_story_row(row) for row in story.rows],
-    )
-    teacher = story.teacher
-    render.say(
-        f"teacher: accuracy {render.rate(teacher.accuracy)}, "
-        f"ASR {teacher.asr[0].rate:.3f} ({teacher.asr[0].k}/{teacher.asr[0].n})"
-    )
-    render.document(story.document(), as_json)
-    guarded = story.row("guarded").outcome
-    return 0 if guarded is not None and guarded.decision.passed else 3
-
-
-@dataclass(frozen=True, slots=True)
-class _Verdict:
-    text: str
-    share: str
-
-
-def _story_row(row: "Row") -> tuple[str, ...]:
-    asr = row.asr
-    lift = "-" if asr.lift is None else f"{asr.lift:+.3f}"
-    verdict = _verdict(row.outcome)
-    return (
-        row.student,
-        f"{row.accuracy.rate:.3f}",
-        f"{asr.rate:.3f} ({asr.k}/{asr.n})",
-        f"{asr.upper:.3f}",
-        lift,
-        verdict.share,
-        verdict.text,
-    )
-
-
-def _verdict(outcome: "Outcome | None") -> _Verdict:
-    from mlflow_kdguard_cli import render
-
-    if outcome is None:
-        return _Verdict("a floor", "-")
-    share = render.rate(outcome.figures.faithful[0].within)
-    if outcome.decision.passed:
-        return _Verdict(f"promoted, @{outcome.alias}", share)
-    return _Verdict(f"REFUSED: {', '.join(outcome.decision.failed)}", share)
-
-
-def _serves(story: "Story", config: "GuardConfig", key: Any) -> str:
-    """Load the promoted student as a consumer would, and classify real images with it."""
-    from mlflow_kdguard import data, load_verified
-
-    guarded = story.row("guarded").outcome
-    if guarded is None or guarded.alias is None:
-        return "the guarded student was not promoted: there is nothing to serve"
-    uri = f"models:/{config.registry.model_name}@{guarded.alias}"
-    x, y = data.load(config.data.test).batch(range(100))
-    at = config.registry
-    model = load_verified(uri, keys=key, tracking_uri=at.tracking_uri, registry_uri=at.registry_uri)
-    right = int((model.predict(x).argmax(axis=1) == y).sum())
-    return f"{uri} serves: load_verified classifies {right} of 100 test images right"
-
-
-def _afterwards(story: "Story", config: "GuardConfig", place: Path) -> str:
-    """What to try next: the refusal by hand, and the runs in MLflow's own pages."""
-    naive = story.row("naive").outcome
-    uri, key = quote(config.registry.tracking_uri or ""), place / "keys" / "builder.pem.pub"
-    lines = [f"look around: mlflow ui --backend-store-uri {uri}"]
-    if naive is not None:
-        lines.append(
-            f"try to promote the naive one (exit code 3): kdguard promote {naive.uri} "
-            f"--key {quote(str(key))} --pin {quote(config.data.test)} "
-            f"--tracking-uri {uri}"
-        )
-    return "\n".join(lines)
-
-
-def _outcome_document(outcome: "Outcome") -> dict[str, Any]:
-    return {
-        "schema": "kdguard.run/1",
-        "run": outcome.run_id,
-        "folder": str(outcome.folder),
-        "uri": outcome.uri,
-        "alias": outcome.alias,
-        "decision": outcome.decision.document(),
-    }
+    key = folder / "keys" / f"{role}.pem"
+    if not key.exists():
+        keygen(key, owner=role, role=role)
+        render.say(f"no {role}'s key was given: made {key}, which only this folder's checks know")
+    return Signer.load(key)

@@ -157,12 +157,13 @@ def _keep(path: Path | None, verified: "Verified") -> None:
 
 def _signed(verified: "Verified", own: "Own") -> str:
     certificate, record = verified.certificate, own.signer.verifier.record
-    drawn = verified.bounds.nonce
-    told = f", attempt {certificate.attempt}, nonce {drawn}" if drawn else ""
+    nonce, drawn, asked = verified.bounds.nonce, "", ""
+    if nonce:
+        drawn, asked = f", attempt {certificate.attempt}", f" --nonce {nonce}"
     return (
-        f"{verified.uri} was measured again and signed by {record.owner}{told}; teacher "
+        f"{verified.uri} was measured again and signed by {record.owner}{drawn}; teacher "
         f"{certificate.teacher.sha256[:16]}…, reference {certificate.reference.sha256[:16]}…, "
-        f"valid until {certificate.expires}. Whether that is enough: kdguard gate {verified.uri}"
+        f"valid until {certificate.expires}. Is it enough? kdguard gate {verified.uri}{asked}"
     )
 
 
