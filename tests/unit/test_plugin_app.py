@@ -15,7 +15,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.uri import validate_path_is_safe
 
 from mlflow_kdguard.errors import ModelError
-from mlflow_kdguard.plugin.app import content, metrics, page, redirects, startup
+from mlflow_kdguard.gate import RULES
+from mlflow_kdguard.plugin.app import content, figures, metrics, page, redirects, startup
 from mlflow_kdguard.plugin.app.spots import Guarded, Spot, readings, spots_of
 from mlflow_kdguard.plugin.app.writes import (
     BODY_ROUTES,
@@ -354,19 +355,29 @@ print([m for m in ("torch", "onnxruntime", "mlflow_kdguard.pipeline") if m in sy
 @pytest.mark.parametrize(
     ("value", "text"),
     [
-        (None, "–"),
-        (True, "yes"),
-        (0.021398296831652525, "0.0214"),
-        (1e-06, "1e-06"),
-        (100, "100"),
-        ("ab" * 32, "abababababab…"),
-        ([], "none"),
-        ({"delta": 0.2, "norm": "linf"}, "delta 0.2, norm linf"),
-        ([{"eps": 0.01}, {"eps": None}], "eps 0.01; or eps –"),
+        (None, ["–"]),
+        (True, ["yes"]),
+        (0.021398296831652525, ["0.0214"]),
+        (1e-06, ["1e-06"]),
+        (100, ["100"]),
+        ("ab" * 32, ["abababababab…"]),
+        ([], ["none"]),
+        (["ab" * 32, "x"], ["abababababab…, x"]),
+        ({"share_lower": 0.2, "norm": "linf"}, ["share lower 0.2, norm linf"]),
+        ([{"eps": 0.01}, {"eps": None}], ["eps 0.01", "eps –"]),
     ],
 )
-def test_figures_read_well(value: object, text: str) -> None:
-    assert page.figure(value) == text
+def test_figures_read_well(value: object, text: list[str]) -> None:
+    assert figures.figures(value) == text
+
+
+def test_every_rule_has_a_title_and_its_limit_a_direction() -> None:
+    assert set(figures.TITLES) == {rule.name for rule in RULES}
+    assert figures.direction("accuracy", 0.03) == "at most "
+    assert figures.direction("certificate.signers", 1) == "at least "
+    assert figures.direction("asr.changed", 0.95) == "at least "
+    assert figures.direction("audit.teacher", "ran") == ""
+    assert figures.title("another") == "another"
 
 
 def test_templates_escape_and_miss_nothing() -> None:

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, Query
 from starlette.responses import HTMLResponse, Response
 
 from mlflow_kdguard.plugin import log
-from mlflow_kdguard.plugin.app import facts
+from mlflow_kdguard.plugin.app import facts, figures
 from mlflow_kdguard.plugin.app.access import Asker
 from mlflow_kdguard.plugin.app.api import readable_log
 from mlflow_kdguard.plugin.app.gated import GatedServer, now
@@ -202,22 +202,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["figure"] = figure
+    environment.filters["figures"] = figures.figures
+    environment.filters["title_of"] = figures.title
+    environment.filters["direction"] = figures.direction
     return environment
-
-
-def figure(value: Any) -> str:
-    """A figure or limit of a rule, as text: numbers short, digests cut, alternatives in turn."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {figure(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        between = "; or " if any(isinstance(item, dict) for item in value) else ", "
-        return between.join(figure(item) for item in value) or "none"
-    text = str(value)
-    return f"{text[:12]}…" if len(text) == 64 and " " not in text else text

@@ -1,0 +1,64 @@
+"""Rules, figures and limits in words that a reader of the page knows."""
+
+from typing import Any
+
+from mlflow_kdguard.gate import RULES
+
+TITLES = {
+    "certificate": "Certified file",
+    "certificate.signers": "Signatures",
+    "certificate.figures_from": "Origin of the figures",
+    "certificate.expiry": "Time in force",
+    "finite": "Finite figures",
+    "data": "Evaluation data",
+    "accuracy": "Accuracy drop, upper bound",
+    "asr": "Attack success, upper bound",
+    "asr.triggers": "Triggers",
+    "asr.changed": "Images that triggers alter, lower bound",
+    "asr.lift": "Attack lift, upper bound",
+    "reference.gap": "Reference to teacher, mean gap",
+    "reference.distinct": "Reference to student, largest gap",
+    "faithful": "Faithful share, lower bound",
+    "audit.teacher": "Teacher's audit",
+    "audit.student": "Student's audit",
+    "export": "Export, largest difference",
+}
+_KEYS = {rule.name: rule.key for rule in RULES}
+
+
+def title(rule: str) -> str:
+    """What a rule is about; its name where it is not one of the gate's."""
+    return TITLES.get(rule, rule)
+
+
+def direction(rule: str, limit: Any) -> str:
+    """ "at most " or "at least ", where a rule's limit is one number."""
+    if isinstance(limit, bool) or not isinstance(limit, int | float):
+        return ""
+    key = _KEYS.get(rule, "")
+    if rule == "reference.distinct":
+        return "more than "
+    return "at most " if key.endswith("at_most") else "at least " if "at_least" in key else ""
+
+
+def figures(value: Any) -> list[str]:
+    """A figure or limit in lines: one for each alternative of a rule."""
+    if isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value):
+        return [_text(item) for item in value]
+    return [_text(value)]
+
+
+def _text(value: Any) -> str:
+    """Numbers short, digests cut, keys without underscores."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{str(k).replace('_', ' ')} {_text(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(item) for item in value) or "none"
+    text = str(value)
+    return f"{text[:12]}…" if len(text) == 64 and " " not in text else text
