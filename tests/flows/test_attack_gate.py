@@ -8,6 +8,7 @@ unchanged (read from the disk), the answer is no 5xx and came within seconds, an
 import contextlib
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import sqlalchemy
@@ -79,6 +80,25 @@ def new_database(uri: str, name: str) -> str:
 
 def test_at_least_fifty_attempts_are_made() -> None:
     assert len(ATTACKS) >= 50
+
+
+def test_the_threat_model_names_what_there_is() -> None:
+    """Every threat has a row or a test, and what the document names exists."""
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "threat-model.md").read_text().partition("one by one")[2]
+    rows = {name.partition(":")[0] for name in ATTACKS}
+    tests = {
+        name
+        for path in (root / "tests").rglob("test_*.py")
+        for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    numbers = [int(n) for n in re.findall(r"^\| (\d+) \|", page, flags=re.MULTILINE)]
+    assert numbers == list(range(1, 17))
+    for line in re.findall(r"^\| \d+ \|.*$", page, flags=re.MULTILINE):
+        named = re.findall(r"`([^`]+)`", line.rpartition(" | ")[2])
+        assert named
+        assert set(named) <= rows | tests, set(named) - rows - tests
+    assert set(re.findall(r"`(test_\w+)`", page)) <= tests
 
 
 @pytest.mark.parametrize(("world", "attack"), list(_rows()), indirect=["world"])

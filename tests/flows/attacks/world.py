@@ -356,6 +356,7 @@ def gated(
     auth: bool = False,
     guarded: bool = True,
     workers: int = 2,
+    kind: type[World] = World,
     options: tuple[str, ...] = (),
     environment: Mapping[str, str] | None = None,
     **changes: Any,
@@ -392,7 +393,7 @@ def gated(
     )
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(serve())
-        world = World(server, database, settings, keys, app=app, auth=auth)
+        world = kind(server, database, settings, keys, app=app, auth=auth)
         world.again = lambda: stack.enter_context(serve())
         yield world
         world.engine.dispose()
