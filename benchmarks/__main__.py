@@ -3,7 +3,8 @@
 certify   bounds on the confidence gap, Fashion-MNIST          about 5 minutes
 audit     what calibrates universal inversion, mnist5k         about 15 minutes
 
-`python -m benchmarks.story FOLDER` draws a finished demo or story.
+`python -m benchmarks.story FOLDER` draws a finished demo or story; `python -m benchmarks.gate.load`
+crowds a gated server.
 """
 
 import argparse
