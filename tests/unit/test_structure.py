@@ -177,6 +177,21 @@ def test_the_trust_core_imports_where_the_rest_is_not_installed() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_gated_store_brings_in_no_torch() -> None:
+    """A registry server has the extra `gate` only; MLflow may bring what it likes, but not this."""
+    absent = "torch,torchvision,onnxruntime,gurobipy,highspy,sklearn,mlxtend,matplotlib"
+    modules = "mlflow_kdguard.plugin.store.sql,mlflow_kdguard.plugin.store.rest"
+    code = (
+        "import warnings; warnings.simplefilter('ignore')\n"
+        + ABSENT
+        + IMPORTED
+        + "assert not [m for m in sys.modules if m.startswith('mlflow_kdguard.pipeline')]\n"
+        + "assert not [m for m in sys.modules if m.startswith('mlflow_kdguard.flow')]\n"
+    )
+    done = _python(code, absent, modules)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_front_door_is_lazy() -> None:
     done = _python(
         "import sys, mlflow_kdguard as k\n"
