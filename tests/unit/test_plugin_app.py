@@ -373,10 +373,12 @@ def test_figures_read_well(value: object, text: list[str]) -> None:
 
 def test_every_rule_has_a_title_and_its_limit_a_direction() -> None:
     assert set(figures.TITLES) == {rule.name for rule in RULES}
-    assert figures.direction("accuracy", 0.03) == "at most "
-    assert figures.direction("certificate.signers", 1) == "at least "
-    assert figures.direction("asr.changed", 0.95) == "at least "
-    assert figures.direction("audit.teacher", "ran") == ""
+    assert figures.limits("accuracy", 0.03) == ["at most 0.03"]
+    assert figures.limits("certificate.signers", 1) == ["at least 1"]
+    assert figures.limits("certificate.expiry", 90.0) == ["at most 90 days"]
+    assert figures.limits("asr.changed", 0.95) == ["at least 0.95"]
+    assert figures.limits("audit.teacher", "ran") == ["ran"]
+    assert figures.limits("another", 3) == ["3"]
     assert figures.title("another") == "another"
 
 

@@ -23,6 +23,12 @@ TITLES = {
     "audit.student": "Student's audit",
     "export": "Export, largest difference",
 }
+_DIRECTIONS = (
+    ("at_most", "at most "),
+    ("at_least", "at least "),
+    ("after_days", "at most "),
+    ("distinct_from_student", "more than "),
+)
 _KEYS = {rule.name: rule.key for rule in RULES}
 
 
@@ -31,14 +37,14 @@ def title(rule: str) -> str:
     return TITLES.get(rule, rule)
 
 
-def direction(rule: str, limit: Any) -> str:
-    """ "at most " or "at least ", where a rule's limit is one number."""
+def limits(rule: str, limit: Any) -> list[str]:
+    """A rule's limit in lines; one number with its direction or unit."""
+    lines = figures(limit)
     if isinstance(limit, bool) or not isinstance(limit, int | float):
-        return ""
+        return lines
     key = _KEYS.get(rule, "")
-    if rule == "reference.distinct":
-        return "more than "
-    return "at most " if key.endswith("at_most") else "at least " if "at_least" in key else ""
+    before = next((word for end, word in _DIRECTIONS if key.endswith(end)), "")
+    return [f"{before}{lines[0]}{' days' if key.endswith('days') else ''}"]
 
 
 def figures(value: Any) -> list[str]:

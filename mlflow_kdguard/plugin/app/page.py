@@ -204,5 +204,5 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["figures"] = figures.figures
     environment.filters["title_of"] = figures.title
-    environment.filters["direction"] = figures.direction
+    environment.filters["limits"] = figures.limits
     return environment
