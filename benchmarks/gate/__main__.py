@@ -1,0 +1,183 @@
+"""Latency of a gated server against a plain one: `python -m benchmarks.gate [--calls N] [--mib N]`.
+
+Two servers on SQLite run side by side, and every call is made on one and then on the other, so that
+whatever else the machine does slows both. A guarded alias may cost 1.5 × the plain call and 1.5 ×
+`sha256sum` of the same files and 50 ms; every other call may cost 5 % more.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import requests
+
+from benchmarks import record
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+
+import toys
+from flows.gates import Gate, gated
+from flows.servers import MlflowServer, serving
+
+API = "/api/2.0/mlflow"
+ALLOWED = 1.05
+
+
+class Server:
+    """One server, asked through one connection."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri, self.session = uri, requests.Session()
+
+    def ask(self, method: str, route: str, **body: Any) -> dict[str, Any]:
+        """One call of MLflow's REST API; the answer must be a yes."""
+        where = {"params": body} if method == "GET" else {"json": body}
+        answer = self.session.request(method, f"{self.uri}{API}/{route}", timeout=60, **where)
+        answer.raise_for_status()
+        return dict(answer.json())
+
+
+def main() -> None:
+    """Measure, print, and write benchmarks/results/gate-latency.json."""
+    options = argparse.ArgumentParser(prog="python -m benchmarks.gate")
+    options.add_argument("--calls", type=int, default=60, help="calls of each kind")
+    options.add_argument("--mib", type=float, default=16.0, help="size of the large model")
+    chosen = options.parse_args()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        gate = stack.enter_context(gated(Path(folder) / "gated"))
+        plain = stack.enter_context(serving(Path(folder) / "plain"))
+        body = {"calls": chosen.calls, "others": others(gate, plain, chosen.calls)}
+        body["guarded"] = [
+            guarded(gate, plain, 0, chosen.calls),
+            guarded(gate, plain, int(chosen.mib * (1 << 20)), max(5, chosen.calls // 4)),
+        ]
+    for row in [*body["guarded"], *body["others"]]:
+        print(row)
+    print(record.write("gate-latency.json", body | record.machine()))
+
+
+def guarded(gate: Gate, plain: MlflowServer, size: int, calls: int) -> dict[str, Any]:
+    """Setting a guarded alias on new versions of `size` bytes more than a toy network."""
+    name = f"guarded-{size}"
+    versions = [(v, f) for v, f in _certified(gate, name, size, calls)]
+    there, here = Server(plain.uri), Server(gate.uri)
+    there.ask("POST", "registered-models/create", name=name)
+    there.ask("POST", "model-versions/create", name=name, source="s3://bucket/x")
+    ask = {"name": name, "alias": "champion"}
+    rows: dict[str, list[float]] = {"plain": [], "gated": [], "again": [], "sha256sum": []}
+    for version, folder in versions:
+        _timed(
+            rows["plain"], lambda: there.ask("POST", "registered-models/alias", version="1", **ask)
+        )
+        files = [str(path) for path in sorted(folder.iterdir())]
+        _timed(
+            rows["sha256sum"],
+            lambda files=files: subprocess.run(
+                ["sha256sum", *files], check=True, stdout=subprocess.DEVNULL
+            ),
+        )
+        for kind in ("gated", "again"):
+            _timed(
+                rows[kind],
+                lambda v=version: here.ask("POST", "registered-models/alias", version=v, **ask),
+            )
+    middle = {kind: median(times) for kind, times in rows.items()}
+    limit = 1.5 * middle["plain"] + 1.5 * middle["sha256sum"] + 0.05
+    return {
+        "bytes": sum(path.stat().st_size for path in versions[0][1].iterdir()),
+        "n": calls,
+        "median_ms": {kind: round(seconds * 1e3, 2) for kind, seconds in middle.items()},
+        "limit_ms": round(limit * 1e3, 2),
+        "ok": max(middle["gated"], middle["again"]) <= limit,
+    }
+
+
+def others(gate: Gate, plain: MlflowServer, calls: int) -> list[dict[str, Any]]:
+    """Every other kind of call, in turn on both servers."""
+    servers = {"plain": Server(plain.uri), "gated": Server(gate.uri)}
+    rows: dict[str, dict[str, list[float]]] = {}
+    for number in range(calls):
+        for kind, call in _calls(f"model-{number}"):
+            # Whoever is asked second finds warm caches: take turns.
+            order = sorted(servers, reverse=bool(number % 2))
+            for which in order:
+                times = rows.setdefault(kind, {"plain": [], "gated": []})[which]
+                _timed(times, lambda which=which, call=call: call(servers[which]))
+    return [_compared(kind, times) for kind, times in rows.items()]
+
+
+def _calls(name: str) -> Iterator[tuple[str, Callable[[Server], Any]]]:
+    """The life of one model, call by call."""
+
+    def post(route: str, **body: Any) -> Callable[[Server], Any]:
+        return lambda server: server.ask("POST", route, **body)
+
+    version = {"name": name, "version": "1"}
+    yield "create model", post("registered-models/create", name=name)
+    yield "create version", post("model-versions/create", name=name, source="s3://bucket/x")
+    yield "tag version", post("model-versions/set-tag", key="mine", value="x", **version)
+    yield "tag model", post("registered-models/set-tag", name=name, key="mine", value="x")
+    yield "free alias", post("registered-models/alias", alias="candidate", **version)
+    yield "get model", lambda server: server.ask("GET", "registered-models/get", name=name)
+    yield "get version", lambda server: server.ask("GET", "model-versions/get", **version)
+    yield (
+        "get by alias",
+        lambda server: server.ask("GET", "registered-models/alias", name=name, alias="candidate"),
+    )
+    yield "search", lambda server: server.ask("GET", "registered-models/search", max_results=10)
+    yield (
+        "stage",
+        post(
+            "model-versions/transition-stage",
+            stage="Staging",
+            archive_existing_versions=False,
+            **version,
+        ),
+    )
+    yield "rename", post("registered-models/rename", name=name, new_name=f"{name}-renamed")
+    version = {"name": f"{name}-renamed", "version": "1"}
+    yield "delete version", lambda server: server.ask("DELETE", "model-versions/delete", **version)
+    yield (
+        "delete model",
+        lambda server: server.ask("DELETE", "registered-models/delete", name=f"{name}-renamed"),
+    )
+
+
+def _compared(kind: str, times: dict[str, list[float]]) -> dict[str, Any]:
+    middle = {which: median(seconds) for which, seconds in times.items()}
+    ratio = middle["gated"] / middle["plain"]
+    return {
+        "call": kind,
+        "median_ms": {which: round(seconds * 1e3, 2) for which, seconds in middle.items()},
+        "ratio": round(ratio, 3),
+        "ok": ratio <= ALLOWED,
+    }
+
+
+def _certified(gate: Gate, name: str, size: int, calls: int) -> Iterator[tuple[str, Path]]:
+    """New versions with a certificate each, and the folders in which the server has their files."""
+    from mlflow_kdguard.registry.bundle import student_files
+
+    side = max(2, int((size / 4 / 5) ** 0.5))
+    for number in range(calls):
+        network = toys.onnx_tiny(seed=number, shape=(1, side, side))
+        version = gate.certified(name, student_files(network))
+        found = gate.client.get_model_version(name, version)
+        yield version, gate.server.artifacts / found.source.partition(":/")[2]
+
+
+def _timed(times: list[float], call: Callable[[], Any]) -> None:
+    start = time.perf_counter()
+    call()
+    times.append(time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()
