@@ -22,10 +22,11 @@ from mlflow_kdguard.config import RegistrySection
 from mlflow_kdguard.errors import CertificateError, UsageError
 from mlflow_kdguard.measure.session import Session
 from mlflow_kdguard.promoted.evidence import LATE, Evidence, examine
-from mlflow_kdguard.promoted.trust import Key, Revoked, trusted
+from mlflow_kdguard.promoted.trust import Key, Revoked, identities, trusted
 from mlflow_kdguard.records import Certificate, Signatory
 from mlflow_kdguard.registry import Registry
 from mlflow_kdguard.registry.bundle import Bundle
+from mlflow_kdguard.registry.listing import active_workspace
 
 __all__ = ["VerifiedModel", "load_verified"]
 
@@ -100,7 +101,7 @@ def load_verified(
     trust = trusted(keys, revoked)
     source = Registry(RegistrySection(tracking_uri=tracking_uri, registry_uri=registry_uri))
     stored = source.download(uri)
-    names = {source.identity} if registry is None else _names(registry)
+    names = _names(registry, source.identity)
     found = examine(stored, trust, now=datetime.now(UTC), registries=names)
     checked = _held(found, stored, refuse_expired=expired == "refuse")
     _refuse_role(checked, role)
@@ -136,5 +137,7 @@ def _refuse_role(checked: Checked, role: Role | None) -> None:
         )
 
 
-def _names(registry: str | Collection[str]) -> frozenset[str]:
+def _names(registry: str | Collection[str] | None, identity: str) -> frozenset[str]:
+    if registry is None:
+        return identities([identity], active_workspace())
     return frozenset([registry] if isinstance(registry, str) else registry)

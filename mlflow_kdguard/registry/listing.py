@@ -70,6 +70,11 @@ def workspaces(connection: Connection) -> tuple[str, ...]:
         return (active,) if active else tuple(w.name for w in connection.client.list_workspaces())
 
 
+def active_workspace() -> str:
+    """The workspace that MLflow's clients speak of here; `default` where nobody chose one."""
+    return get_request_workspace() or DEFAULT_WORKSPACE
+
+
 @contextmanager
 def inside(workspace: str) -> Iterator[None]:
     """Within the block, MLflow's clients speak of one workspace."""

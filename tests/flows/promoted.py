@@ -57,15 +57,16 @@ def envelope(
     return issue(c.certificate(**(values | changes)), by)
 
 
-def certify(registry: Registry, uri: str, by: Signer, **changes: Any) -> bytes:
+def certify(registry: Registry, uri: str, by: Signer, /, **changes: Any) -> bytes:
     """Issue a certificate for a stored version and store it with the version."""
     found = registry.download(uri)
-    made = envelope(found.files, str(found.name), registry.identity, by, **changes)
+    named = changes.pop("registry", registry.identity)
+    made = envelope(found.files, str(found.name), named, by, **changes)
     registry.store_certificate(uri, made)
     return made
 
 
-def champion(registry: Registry, name: str, by: Signer, *, seed: int = 0, **changes: Any) -> str:
+def champion(registry: Registry, name: str, by: Signer, /, *, seed: int = 0, **changes: Any) -> str:
     """A certified version behind `models:/name@champion`; the URI of the version."""
     uri = stored(registry, name, seed=seed)
     certify(registry, uri, by, **changes)

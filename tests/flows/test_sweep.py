@@ -17,6 +17,9 @@ from mlflow import MlflowClient
 import toys
 from flows.gates import Gate, gated, toy_bundle
 from flows.promoted import certify, champion, folder_of, local, now, opened, signer, stored
+from flows.servers import serving
+from flows.test_adopt import adopted
+from mlflow_kdguard import load_verified
 from mlflow_kdguard.files import sha256
 from mlflow_kdguard.records import format_time
 from mlflow_kdguard.registry import Registry
@@ -256,6 +259,30 @@ def test_a_log_whose_tail_was_cut_is_named(
     assert found.document["log"]["problems"]
     assert ("", "", "", "log") in found.findings
     assert found.code == 3
+
+
+@pytest.mark.slow
+def test_every_workspace_is_swept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vic.pub").write_bytes(BY.verifier.to_bytes())
+    with serving(tmp_path / "server", options=["--enable-workspaces"]) as server:
+        MlflowClient(server.uri).create_workspace("team")
+        for workspace, mark in (("default", ""), ("team", "#workspace=team")):
+            monkeypatch.setenv("MLFLOW_WORKSPACE", workspace)
+            registry = opened(server.uri)
+            champion(registry, "m", BY, registry=registry.identity + mark)
+        registry.promote(stored(registry, "bare"), "champion")
+        model = load_verified("models:/m@champion", keys=BY.verifier, tracking_uri=server.uri)
+        assert model.certificate.registry.endswith("#workspace=team")
+        monkeypatch.delenv("MLFLOW_WORKSPACE")
+        options = ["--tracking-uri", server.uri, "--key", str(tmp_path / "vic.pub")]
+        found = swept(capsys, *options)
+        stock = adopted(capsys, server.uri)
+    assert found.document["workspaces"] == ["default", "team"]
+    assert [h["workspace"] for h in found.document["holdings"]] == ["default", "team", "team"]
+    assert dict(found.findings) == {("bare", "champion", "1", "uncertified"): 1}
+    assert [v["workspace"] for v in stock["versions"]] == ["default", "team", "team"]
 
 
 PROGRAM = """
