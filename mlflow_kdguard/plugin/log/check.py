@@ -25,7 +25,7 @@ from mlflow_kdguard.plugin.log.tables import Database
 from mlflow_kdguard.records import Record
 
 _MOST = 100
-"""Problems that a report lists; an edit early in the log may cause any number."""
+"""Problems, and notes, that a report lists; an edit early in the log may cause any number."""
 
 
 class LogReport(Record):
@@ -59,7 +59,7 @@ class _Findings:
             published=published,
             head=head,
             problems=tuple(listed),
-            notes=tuple(self.notes),
+            notes=tuple(self.notes[:_MOST]),
         )
 
 
@@ -78,10 +78,8 @@ def verify(connection: Database, *, verifiers: Sequence[Verifier], heads: Path |
         found.notes.append("no published heads were compared: a cut tail would not show")
     # The file first: whatever it holds by now was in the database before.
     published = [] if heads is None else list(_published(heads, verifiers, found))
-    if heads is not None and not published:
-        found.notes.append(f"{heads} holds no head: a cut tail would not show")
     try:
-        return _examined(connection, verifiers, published, found)
+        return _examined(connection, verifiers, None if heads is None else published, found)
     except DBAPIError as error:
         if "decode" in str(
             error.orig
@@ -96,9 +94,10 @@ def verify(connection: Database, *, verifiers: Sequence[Verifier], heads: Path |
 def _examined(
     connection: Database,
     verifiers: Sequence[Verifier],
-    published: Sequence[Head],
+    lines: Sequence[Head] | None,
     found: _Findings,
 ) -> LogReport:
+    published = lines or ()
     companions = Companions(connection)
     head = read_head(connection)
     if head is None:
@@ -113,7 +112,8 @@ def _examined(
     count = _follow(connection, head, named, companions, found)
     found.problems.extend(companions.problems(connection))
     _check_end(connection, found)
-    _check_published(head, published, found)
+    if lines is not None:
+        _check_published(head, lines, found)
     return found.report(count, len(published), head)
 
 
@@ -198,8 +198,11 @@ def _check_published(head: Head, published: Sequence[Head], found: _Findings) ->
             f"heads of another log ({', '.join(others)}) were published: this one ({head.log}) "
             "has taken its place"
         )
-    ours = [line for line in published if line.log == head.log]
-    last = max((line.seq for line in ours), default=0)
+    last = max((line.seq for line in published if line.log == head.log), default=0)
+    if head.seq and not published:
+        found.problems.append("the file of published heads is missing, or holds none")
+    elif last < head.seq:
+        found.notes.append(f"the entries after {last} are newer than every published head")
     if last > head.seq:
         found.problems.append(
             f"the tail is cut: entry {last} was published, and the log ends with {head.seq}"

@@ -10,7 +10,9 @@ from typing import Any
 
 from sqlalchemy import RowMapping, Select, select
 
+from mlflow_kdguard.files import sha256
 from mlflow_kdguard.plugin.log import tables
+from mlflow_kdguard.plugin.log.nonces import series_of
 from mlflow_kdguard.plugin.log.tables import Database
 
 _Row = tuple[str, ...]
@@ -59,13 +61,19 @@ def _stated(row: RowMapping) -> _Row:
         return _texts(*_reasons(row)[:2], *about, row["certificate"])
     if row["action"] == "settings":
         return _texts(row["version"], row["certificate"])
-    return _texts(row["certificate"], *about, row["version"], row["alias"])
+    why = _reasons(row)
+    ends = next((i for i, text in enumerate(why) if text.startswith("until ")), -1)
+    return _texts(row["certificate"], *about, row["version"], row["alias"], *why[: ends + 1])
 
 
 def _reasons(row: RowMapping) -> tuple[str, ...]:
+    return _list(row["reasons"])
+
+
+def _list(text: Any) -> tuple[str, ...]:
     try:
-        return tuple(json.loads(row["reasons"]))
-    except (ValueError, TypeError):  # an edited entry, which the chain reports
+        return _texts(*json.loads(text))
+    except (ValueError, TypeError):  # edited: it says nothing that the other side could confirm
         return ()
 
 
@@ -75,7 +83,8 @@ def _texts(*values: Any) -> _Row:
 
 def _nonce(row: RowMapping) -> _Row:
     about = (row["workspace"], row["model"], row["subject"])
-    return _texts(row["nonce"], row["attempt"], *about)
+    series = "" if row["series"] == series_of(*map(str, about[:2])) else "counted elsewhere"
+    return _texts(row["nonce"], row["attempt"], *about, *filter(None, [series]))
 
 
 def _settings(row: RowMapping) -> _Row:
@@ -84,7 +93,10 @@ def _settings(row: RowMapping) -> _Row:
 
 def _override(row: RowMapping) -> _Row:
     about = (row["workspace"], row["model"], row["version"], row["alias"])
-    return _texts(row["sha256"], *about)
+    document = str(row["document"]).encode("utf-8", "surrogateescape")
+    same = "" if row["sha256"] == sha256(document) else "another document"
+    why = (f"reason: {row['reason']}", *(f"signed by {o}" for o in _list(row["owners"])))
+    return _texts(row["sha256"], *about, *why, f"until {row['ends']}", *filter(None, [same]))
 
 
 _TABLES: dict[str, tuple[Select[Any], Callable[[RowMapping], _Row]]] = {

@@ -55,19 +55,19 @@ def issue(
     Takes the log's lock (see lock()). Every call is an attempt. Raises as append() does.
     """
     lock(session)
-    series = series_of(workspace, model)
-    count = select(func.max(tables.nonces.c.attempt)).where(tables.nonces.c.series == series)
-    attempt = (session.execute(count).scalar() or 0) + 1
-    nonce = secrets.token_hex(16)
-    event = Event(
+    asked = Event(
         actor=actor,
         action="nonce",
         workspace=workspace,
         model=model,
         certificate=subject,
         decision="issued",
-        reasons=(nonce, str(attempt)),
     )
+    series = series_of(asked.workspace, asked.model)
+    count = select(func.max(tables.nonces.c.attempt)).where(tables.nonces.c.series == series)
+    attempt = (session.execute(count).scalar() or 0) + 1
+    nonce = secrets.token_hex(16)
+    event = asked.model_copy(update={"reasons": (nonce, str(attempt))})
     entry = append(session, event, now=now, signer=signer, verifiers=verifiers)
     made = Nonce(nonce, attempt, event.workspace, event.model, event.certificate, stamp(now))
     row = {key: getattr(made, key) for key in ("nonce", "attempt", *_STATED)}

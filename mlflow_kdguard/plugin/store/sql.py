@@ -57,6 +57,12 @@ class GateMixin(_Store):  # type: ignore[misc]
         transactions = Transactions(self.ManagedSessionMaker, threading.local())
         self.ManagedSessionMaker = transactions.shared
         log.prepare(self.engine)
+        with self.engine.connect() as connection:  # not behind what was published: see resume()
+            log.require_end(
+                connection,
+                verifiers=(settings.signer.verifier, *settings.verifiers),
+                heads=settings.head,
+            )
         content.prepare(settings.stated.content)
         with transactions.logged("to start", settings):
             pass
