@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from mlflow_kdguard.artifacts import ADDED_BY_CLIENT, bundle_digest, read_folder
 from mlflow_kdguard.errors import RegistryError
@@ -133,7 +134,7 @@ class _Bucket:
 
     def log_artifact(self, local_file: str, artifact_path: str | None = None) -> None:
         if self.fails_after == 0:
-            raise OSError("the connection was lost")
+            raise MlflowException("the connection was lost")  # a 500, which clients would repeat
         self.fails_after -= 1
         name = Path(local_file).name
         key = f"{artifact_path}/{name}" if artifact_path else name

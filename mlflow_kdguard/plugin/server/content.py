@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlflow_kdguard.artifacts import ADDED_BY_CLIENT, Store, digests, read_folder, read_store
-from mlflow_kdguard.errors import RegistryError
+from mlflow_kdguard.errors import KDGuardError, RegistryError
 from mlflow_kdguard.files import digest_json
 from mlflow_kdguard.plugin.server.places import Place
 from mlflow_kdguard.plugin.server.settings import Content
@@ -175,8 +175,11 @@ def _drifted(where: str) -> RegistryError:
 def _answering(where: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except KDGuardError:
+        raise
+    except Exception as error:  # object stores raise the errors of their own clients
+        first = (getattr(error, "strerror", None) or str(error).strip() or repr(error)).splitlines()
         raise RegistryError(
-            f"the content root does not hold or take {where}: {error.strerror or error}.",
+            f"the content root does not hold or take {where}: {first[0][:300]}.",
             remedy=_REMEDY,
         ) from error
