@@ -332,7 +332,7 @@ def test_the_servers_command_is_one_that_mlflow_takes() -> None:
     options = _server_options(SERVICES["server"]["command"])
     assert options["registry_store_uri"] == f"kdguard+{options['backend_store_uri']}"
     assert options["app_name"] == "kdguard"
-    assert options["workers"] == 2
+    assert int(options["workers"]) == 2
     cmd = d.last(d.lineage(d.DOCKER / "server.Dockerfile", "server"), "CMD")
     assert cmd is not None
     assert _server_options(cmd.words)["app_name"] == "kdguard"
