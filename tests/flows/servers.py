@@ -22,7 +22,7 @@ import requests
 
 from requirements import postgres_program, require
 
-PATIENCE = 120.0
+PATIENCE = float(os.environ.get("KDGUARD_PATIENCE", "120"))
 """Seconds that a server may take to answer on a busy machine."""
 
 
