@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pytest
 import requests
 
-from flows.gates import Gate, answering_quickly, gated, heads, toy_bundle
+from flows.gates import Gate, Operator, answering_quickly, gated, heads, toy_bundle
 from mlflow_kdguard.files import sha256
 
 ADMIN = ("admin", "gate-password-1")
@@ -115,8 +115,9 @@ def test_two_workers_start_once(world: World) -> None:
     ],
 )
 def test_it_refuses_to_start_where_it_cannot_enforce(
-    world: World, tmp_path: Path, options: list[str], why: str
+    tmp_path: Path, options: list[str], why: str
 ) -> None:
+    operator = Operator.install(tmp_path / "operator", "http://127.0.0.1:1")
     backend = f"sqlite:///{tmp_path / 'm.db'}"
     given = [*options]
     if "--registry-store-uri" not in options:
@@ -129,7 +130,7 @@ def test_it_refuses_to_start_where_it_cannot_enforce(
         cwd=tmp_path,
         env=os.environ
         | {
-            "KDGUARD_SERVER": str(world.gate.operator.settings),
+            "KDGUARD_SERVER": str(operator.settings),
             "KDGUARD_AUTH": "none",
             "MLFLOW_DISABLE_TELEMETRY": "true",
         },
@@ -292,6 +293,7 @@ def test_plain_consumers_load_what_was_promoted(
                 "models:/digits@champion", dst_path=tmp_path
             )
             assert _files(Path(place)).items() >= world.bundle.items()
+            monkeypatch.setenv("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "true")
             pytest.importorskip("onnxruntime")
             assert mlflow.pyfunc.load_model("models:/digits@champion") is not None
         with signed_in(STRANGER, monkeypatch), pytest.raises(Exception, match=r"40[13]|denied"):
@@ -323,7 +325,8 @@ def test_the_content_root_gives_bundles_and_nothing_else(world: World) -> None:
     listed = world.ask("GET", f"{PROXY}/artifacts", params={"path": "kdguard-content"})
     assert listed.status_code == 404
     presigned = world.ask("GET", f"{PROXY}/presigned/kdguard-content/{world.digest}/MLmodel")
-    assert presigned.status_code == 501
+    assert "file_size" not in presigned.json()
+    assert world.ask("GET", presigned.json()["url"]).content == world.bundle["MLmodel"]
 
 
 # ── The API ─────────────────────────────────────────────────────────────────────────────────────

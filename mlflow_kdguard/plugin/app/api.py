@@ -75,6 +75,18 @@ class Status(BaseModel):
 def router(server: GatedServer, app: FastAPI) -> APIRouter:
     """The routes of the API."""
     routes = APIRouter(prefix=API)
+    _asked(routes, server)
+    _told(routes, server)
+
+    @routes.get("/openapi.json", include_in_schema=False)
+    def openapi(_asker: Annotated[Asker, Depends(server.access.asker)]) -> dict[str, Any]:
+        return app.openapi()
+
+    return routes
+
+
+def _asked(routes: APIRouter, server: GatedServer) -> None:
+    """What verifiers ask for."""
     User = Annotated[Asker, Depends(server.access.asker)]
 
     @routes.post("/verify", summary="Judge a model version as promotion would, without acting")
@@ -94,6 +106,11 @@ def router(server: GatedServer, app: FastAPI) -> APIRouter:
             subject=given.subject,
             issued=given.issued,
         )
+
+
+def _told(routes: APIRouter, server: GatedServer) -> None:
+    """What the server tells about itself."""
+    User = Annotated[Asker, Depends(server.access.asker)]
 
     @routes.get("/log", summary="The log of guarded changes, the newest entries first")
     def entries(
@@ -125,12 +142,6 @@ def router(server: GatedServer, app: FastAPI) -> APIRouter:
             log=None if head is None else head.document(),
         )
 
-    @routes.get("/openapi.json", include_in_schema=False)
-    def openapi(_asker: User) -> dict[str, Any]:
-        return app.openapi()
-
-    return routes
-
 
 def readable_log(
     server: GatedServer,
@@ -145,11 +156,11 @@ def readable_log(
     with server.session() as session:
         found = facts.log(session, before=before, limit=limit, model=model, action=action)
     known: dict[tuple[str, str], bool] = {}
-    readable = [entry for entry in found if _told(server, asker, entry, known)]
+    readable = [entry for entry in found if _shown_to(server, asker, entry, known)]
     return readable, found[-1].seq if len(found) == limit else None
 
 
-def _told(
+def _shown_to(
     server: GatedServer, asker: Asker, entry: facts.LogEntry, known: dict[tuple[str, str], bool]
 ) -> bool:
     if asker.everything or not entry.model:

@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import NOT_IMPLEMENTED, PERMISSION_DENIED, RESOURCE_DOES_NOT_EXIST
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, RESOURCE_DOES_NOT_EXIST
 from mlflow.store.model_registry.dbmodels.models import SqlModelVersion
 from sqlalchemy import select
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
@@ -12,14 +12,14 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from mlflow_kdguard.plugin.app import content
 from mlflow_kdguard.plugin.app.access import Asker
 from mlflow_kdguard.plugin.app.gated import GatedServer
-from mlflow_kdguard.plugin.app.redirects import CONTENT_ROUTE
+from mlflow_kdguard.plugin.app.redirects import CONTENT, CONTENT_ROUTE
 
 _VERSION: Any = SqlModelVersion
 _HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, no-cache"}
 
 
 def router(server: GatedServer) -> APIRouter:
-    """Download, list, and the answer that there are no presigned URLs."""
+    """Download, list, and what stands for a presigned URL."""
     routes = APIRouter()
 
     @routes.get(CONTENT_ROUTE + "/{path:path}")
@@ -51,8 +51,11 @@ def router(server: GatedServer) -> APIRouter:
         return JSONResponse({"files": files}, headers=_HEADERS)
 
     @routes.get(CONTENT_ROUTE + "-presigned")
-    def presigned() -> Response:
-        raise MlflowException("The content root has no presigned URLs.", NOT_IMPLEMENTED)
+    def presigned(request: Request, path: str = "") -> Response:
+        """The proxied download itself: without a size, MLflow's client fetches it in one piece."""
+        _allowed(server, request, path)
+        url = f"/api/2.0/mlflow-artifacts/artifacts/{CONTENT}/{path}"
+        return JSONResponse({"url": url, "headers": {}}, headers=_HEADERS)
 
     return routes
 

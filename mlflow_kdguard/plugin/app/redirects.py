@@ -40,7 +40,7 @@ def of_content(scope: Scope) -> Scope:
         return scope
     inner = _inner(named)
     if "/presigned/" in path:
-        return _sent(scope, f"{root.group(1)}{CONTENT_ROUTE}-presigned")
+        return _sent(scope, f"{root.group(1)}{CONTENT_ROUTE}-presigned", path=inner)
     if listed:
         return _sent(scope, f"{root.group(1)}{CONTENT_ROUTE}-list", path=inner)
     return _sent(scope, f"{root.group(1)}{CONTENT_ROUTE}/{inner}")
