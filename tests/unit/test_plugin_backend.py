@@ -464,6 +464,16 @@ def test_a_signal_ends_the_process_and_passes_on(tmp_path: Path, number: signal.
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_nohup_is_respected() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with watch.terminable():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_signal_waits_for_the_cleaning_up() -> None:
     done: list[str] = []
 

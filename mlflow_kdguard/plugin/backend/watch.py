@@ -143,7 +143,10 @@ def _close(process: "subprocess.Popen[bytes]", reader: threading.Thread) -> None
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP raise Stopped (in the main thread; elsewhere nothing)."""
+    """Within the block SIGTERM and SIGHUP raise Stopped, in the main thread.
+
+    One that was ignored before, as by `nohup`, stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -151,7 +154,9 @@ def terminable() -> Iterator[None]:
     def stop(number: int, _frame: FrameType | None) -> None:
         raise Stopped(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    deaf = (signal.SIG_IGN, None)  # nohup, or a handler that is not Python's
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) not in deaf]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
