@@ -201,3 +201,35 @@ def experiment_that_lies_among_the_keys(w: World) -> Scene:
         for run_folder in folder.glob(f"*{run}*"):  # the run's own folder lies below the place
             shutil.rmtree(run_folder)
         yield Attempt(lambda: w.alias(version), says=("unknown key|settings|number",), logged=None)
+
+
+ABOVE = {
+    "dots": "../operator/log.pem",
+    "dots-twice": "x/../../operator/log.pem",
+    "dots-encoded": "%2e%2e/operator/log.pem",
+    "dots-twice-encoded": "%252e%252e/operator/log.pem",
+    "slash-encoded": "..%2foperator%2flog.pem",
+    "backslash": "..\\operator\\log.pem",
+    "absolute": "/{root}/operator/log.pem",
+    "absolute-encoded": "%2f{root}%2foperator%2flog.pem",
+    "file": "file:{root}/operator/log.pem",
+    "null": "..%00/operator/log.pem",
+}
+
+
+@attack(14, variants=ABOVE, needs="app")
+def read_a_key_through_the_served_content(w: World, path: str) -> Scene:
+    """What our app serves is the content root, and nothing beside it."""
+    good, named = w.standing(), path.format(root=w.server.folder)
+    for route in (
+        f"/api/2.0/mlflow-artifacts/artifacts/kdguard-content/{named}",
+        f"/ajax-api/2.0/mlflow-artifacts/artifacts/kdguard-content/{named}",
+        f"/api/2.0/mlflow-artifacts/artifacts?path=kdguard-content/{named}",
+        f"/kdguard/{named}",
+        f"/kdguard/static/{named}",
+    ):
+        answer = _raw(w, "GET", route, b"")
+        assert answer.status_code < 500, (route, answer.text)
+        assert b"PRIVATE KEY" not in answer.content, route
+        yield Attempt(lambda answer=answer: answer, status=tuple(range(200, 500)), logged=None,  # type: ignore[misc]
+                      serves=(good,))  # fmt: skip
