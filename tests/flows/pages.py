@@ -75,7 +75,7 @@ class Shell:
         kill_group(self._process)
         self._log.close()
 
-    def type(self, text: str, *, patience: float = 600) -> tuple[int, str]:
+    def type(self, text: str, *, patience: float = 1800) -> tuple[int, str]:
         """Type a block; the exit code of its last command, and all that it printed."""
         mark, begun = secrets.token_hex(8), time.monotonic()
         start = self._output.stat().st_size

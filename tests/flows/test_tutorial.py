@@ -4,8 +4,8 @@ Only the port is another one, because 5000 may be taken. `pip install` finds the
 """
 
 import os
+import resource
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,8 @@ from flows.servers import free_port
 
 pytestmark = pytest.mark.slow
 PAGE = ROOT / "docs" / "tutorials" / "gate.md"
-LONGEST = 600.0
-"""Seconds that the page promises."""
+LONGEST = 300.0
+"""Seconds of computing, half of the ten minutes that the page promises: other tests run beside."""
 
 
 def test_the_tutorial_to_the_letter(tmp_path: Path) -> None:
@@ -33,10 +33,21 @@ def test_the_tutorial_to_the_letter(tmp_path: Path) -> None:
     } | {"PATH": f"{own}{os.pathsep}{os.environ['PATH']}", "MLFLOW_DISABLE_TELEMETRY": "true"}
     place = tmp_path / "empty"
     place.mkdir()
-    begun = time.monotonic()
+    before = _computing()
     with Shell(place, environment) as shell:
         follow(shell, found)
-    seconds = time.monotonic() - begun
+    seconds = _computing() - before
     transcript = "".join(printed for _, printed, _ in shell.transcript)
     assert "Traceback" not in transcript
+    print(
+        f"{seconds:.0f} s of computing",
+        *(f"{t:6.1f} s  {c[:60]!r}" for c, _, t in shell.transcript),
+        sep="\n",
+    )
     assert seconds < LONGEST
+
+
+def _computing() -> float:
+    """Seconds that processors have spent on what this test started, and has ended."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
