@@ -247,7 +247,7 @@ def test_a_stage_that_closes_its_run_and_fails(mlflow_server: MlflowServer, tmp_
 
 
 def _wait_for(path: Path, text: str, process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         if path.exists() and text in path.read_text(errors="replace"):
             return
@@ -269,7 +269,7 @@ def _stopped(server: MlflowServer, argv: list[str], log: Path, text: str, number
     )
     _wait_for(log, text, process)
     process.send_signal(number)
-    _, said = process.communicate(timeout=90)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 1, said
     return said
 
