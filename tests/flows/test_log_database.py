@@ -199,6 +199,8 @@ def test_a_reader_does_not_hold_up_writers_and_is_not_confused(place: Place) -> 
     place.prepared()
     with writers(place, ("ann", "bob"), 60) as started:
         checks = 0
+        while not place.heads.exists():
+            time.sleep(0.01)
         while any(process.poll() is None for process in started):
             found = place.report()
             assert found.problems == ()

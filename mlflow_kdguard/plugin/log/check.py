@@ -20,7 +20,7 @@ from mlflow_kdguard.files import canonical_json, read_bytes, sha256
 from mlflow_kdguard.plugin.log import tables
 from mlflow_kdguard.plugin.log.chain import entries, read_head
 from mlflow_kdguard.plugin.log.crosscheck import Companions
-from mlflow_kdguard.plugin.log.heads import Head, genesis
+from mlflow_kdguard.plugin.log.heads import Head, genesis, newest
 from mlflow_kdguard.plugin.log.tables import Database
 from mlflow_kdguard.records import Record
 
@@ -79,11 +79,10 @@ def verify(connection: Database, *, verifiers: Sequence[Verifier], heads: Path |
     # The file first: whatever it holds by now was in the database before.
     published = [] if heads is None else list(_published(heads, verifiers, found))
     try:
-        return _examined(connection, verifiers, None if heads is None else published, found)
+        return _examined(connection, verifiers, published, heads, found)
     except DBAPIError as error:
-        if "decode" in str(
-            error.orig
-        ):  # SQLite keeps bytes that are no text, if somebody writes them
+        # SQLite keeps bytes that are no text, if somebody writes them.
+        if "decode" in str(error.orig):
             found.problems.append(f"a table holds what nobody can have logged: {error.orig}")
             return found.report(0, len(published), None)
         raise RegistryError(
@@ -94,10 +93,10 @@ def verify(connection: Database, *, verifiers: Sequence[Verifier], heads: Path |
 def _examined(
     connection: Database,
     verifiers: Sequence[Verifier],
-    lines: Sequence[Head] | None,
+    published: Sequence[Head],
+    heads: Path | None,
     found: _Findings,
 ) -> LogReport:
-    published = lines or ()
     companions = Companions(connection)
     head = read_head(connection)
     if head is None:
@@ -112,8 +111,8 @@ def _examined(
     count = _follow(connection, head, named, companions, found)
     found.problems.extend(companions.problems(connection))
     _check_end(connection, found)
-    if lines is not None:
-        _check_published(head, lines, found)
+    if heads is not None:
+        _check_published(head, published, heads, found)
     return found.report(count, len(published), head)
 
 
@@ -191,7 +190,7 @@ def _check_end(connection: Database, found: _Findings) -> None:
         found.problems.append(f"the head ends before entry {last}, which is in the table")
 
 
-def _check_published(head: Head, published: Sequence[Head], found: _Findings) -> None:
+def _check_published(head: Head, published: Sequence[Head], heads: Path, found: _Findings) -> None:
     others = sorted({line.log for line in published if line.log != head.log})
     if others:
         found.problems.append(
@@ -199,8 +198,8 @@ def _check_published(head: Head, published: Sequence[Head], found: _Findings) ->
             "has taken its place"
         )
     last = max((line.seq for line in published if line.log == head.log), default=0)
-    if head.seq and not published:
-        found.problems.append("the file of published heads is missing, or holds none")
+    if head.seq and not published and newest(heads) is None:  # read again: the first may be new
+        found.problems.append(f"{heads} is missing, or holds no head")
     elif last < head.seq:
         found.notes.append(f"the entries after {last} are newer than every published head")
     if last > head.seq:
