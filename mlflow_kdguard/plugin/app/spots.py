@@ -10,6 +10,7 @@ import os
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -49,6 +50,8 @@ def splits_of(text: str) -> frozenset[tuple[str, ...]]:
     `..` that is followed or left out. Following it alone would lead a reader out of a folder that
     the store is still in.
     """
+    if text.isascii() and "\\" not in text and ".." not in text:
+        return frozenset({tuple(p for p in text.lower().split("/") if p not in ("", "."))})
     forms = {text, text.replace("\\", "/")}
     forms.add(unicodedata.normalize("NFKC", text).replace("\\", "/"))
     split = [[p for p in form.split("/") if p not in ("", ".")] for form in forms]
@@ -100,12 +103,17 @@ def spots_of(uri: str, *, served: str | None) -> frozenset[Spot]:
     scheme = split.scheme.lower()
     if scheme in ("http", "https", ANCHOR):
         path = split.path if scheme == ANCHOR else _behind_anchor(split.path)
-        roots = () if served is None or path is None else spots_of(served, served=None)
+        roots = () if served is None or path is None else _roots(served)
         return frozenset(root.below(parts) for root in roots for parts in readings(path or ""))
     if scheme in ("", "file") or len(scheme) == 1:
         return frozenset(_local(split.path if scheme == "file" else uri))
     authority = unquote(split.netloc).casefold()
     return frozenset(Spot(f"{scheme}://{authority}", parts) for parts in readings(split.path))
+
+
+@lru_cache(maxsize=4)
+def _roots(served: str) -> frozenset[Spot]:
+    return spots_of(served, served=None)
 
 
 def _behind_anchor(path: str) -> str | None:
