@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "verify:verify",
         "Measure a version again from its bytes, and sign as verifier.",
     ),
+    "cosign": ("cosign:cosign", "Sign a version's certificate beside those who signed it."),
     "gate": ("promote:gate", "The promotion decision, without acting on it."),
     "promote": ("promote:promote", "The decision, then the alias if it passes."),
     "adopt": ("adopt:adopt", "Take stock of a registry that a gate is to guard."),

@@ -17,7 +17,7 @@ import toys
 from flows.promoted import folder_of, now, opened, signer
 from flows.servers import MlflowServer
 from mlflow_kdguard import data
-from mlflow_kdguard.attest import check, issue, subjects_of
+from mlflow_kdguard.attest import Signer, check, issue, keygen, subjects_of
 from mlflow_kdguard.attest.signing import public_path
 from mlflow_kdguard.config import GuardConfig, parse
 from mlflow_kdguard.data import Dataset
@@ -346,6 +346,25 @@ def test_the_command_on_a_server_without_nonces(
     assert answer([*judged, "--revoked", str(revoked)]) == 3
     first = json.loads(capsys.readouterr().out)["rules"][0]
     assert "revoked" in first["why"]
+
+
+def test_a_second_owner_signs_what_holds_beside_the_first(place: Place, tmp_path: Path) -> None:
+    uri = place.register(packed(), name="cosigned")
+    for name, owner in (("vic", "Vic"), ("own", "vic "), ("ann", "Ann")):
+        keygen(tmp_path / name, owner=owner, role="verifier", now=now() - timedelta(days=1))
+    first = place.verify(uri, signer=Signer.load(tmp_path / "vic")).envelope
+    at = ["--trust", str(tmp_path / "vic.pub"), "--tracking-uri", place.registry.identity]
+    trusted = [Signer.load(tmp_path / name).verifier for name in ("vic", "own", "ann")]
+    for name, owners in (("own", 1), ("ann", 2)):
+        place.registry.store_certificate(uri, first)
+        assert answer(["cosign", uri, "--key", str(tmp_path / name), *at]) == 0
+        decision = judge(place.registry, uri, policy=c.packaged(), verifiers=trusted, now=now())
+        rule = next(rule for rule in decision.rules if rule.rule == "certificate.signers")
+        assert rule.figure == owners
+    other = place.register(packed(student=OTHER), name="cosigned", student=OTHER)
+    place.registry.store_certificate(other, first)
+    assert answer(["cosign", other, "--key", str(tmp_path / "ann"), *at]) == 8
+    assert place.carried(other) == first
 
 
 def test_a_registry_that_does_not_answer_is_no_verdict(place: Place) -> None:
