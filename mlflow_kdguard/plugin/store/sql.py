@@ -57,9 +57,11 @@ class GateMixin(_Store):  # type: ignore[misc]
         transactions = Transactions(self.ManagedSessionMaker, threading.local())
         self.ManagedSessionMaker = transactions.shared
         log.prepare(self.engine)
-        with self.engine.connect() as connection:  # not behind what was published: see resume()
+        # Not behind what was published: see resume(). Under the lock, since head and last entry
+        # are read one after the other, and other workers may be writing.
+        with transactions.locked("to start") as session:
             log.require_end(
-                connection,
+                session,
                 verifiers=(settings.signer.verifier, *settings.verifiers),
                 heads=settings.head,
             )
