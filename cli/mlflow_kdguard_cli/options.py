@@ -170,6 +170,13 @@ def chosen_policy(file: str | None) -> Any:
     return policies.load(Path(file) if file else None)
 
 
+def named_policy(file: str | None) -> Any:
+    """chosen_policy(), where an unset variable must not choose another policy."""
+    if file == "":
+        raise click.BadParameter("it is empty.", param_hint="--policy")
+    return chosen_policy(file)
+
+
 def trigger_list(files: tuple[str, ...]) -> list[tuple[Any, int]]:
     """Parse FILE[:CLASS] into loaded triggers and target classes."""
     from mlflow_kdguard.triggers import Trigger, aimed

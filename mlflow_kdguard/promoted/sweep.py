@@ -27,6 +27,7 @@ from mlflow_kdguard.registry.client import Connection
 from mlflow_kdguard.registry.listing import Listed
 from mlflow_kdguard.registry.versions import Versions
 
+_LOG = "Run `kdguard server log verify`; docs/how-to/operate-the-log.md says what to do."
 _SPELL = "Take that alias away: a reader would take it for the guarded one."
 
 
@@ -71,7 +72,7 @@ def sweep(
                 progress(f"sweep {workspace}", done, len(models), {"found": len(found.findings)})
     told = None if history is None else found.explained(history, places)
     for problem in () if log is None else log.problems:
-        found.findings.append(Finding(kind="log", why=problem, remedy="Run `kdguard server log`."))
+        found.findings.append(Finding(kind="log", why=problem, remedy=_LOG))
     return SweepReport(
         registry=connection.identity,
         taken=format_time(now),

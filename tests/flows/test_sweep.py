@@ -158,6 +158,7 @@ def test_what_cannot_be_asked_is_an_error_and_not_clean(
     assert not (folder / "none.db").exists()
     assert answer(["sweep", *by_hand, "--log-uri", local(folder)]) == 4  # it has no log
     assert answer(["sweep", *by_hand, "--log-head", "x"]) == 2
+    assert answer(["sweep", *by_hand, "--policy", ""]) == 2
     assert answer(["sweep", *by_hand, "--server-settings", "x"]) == 2
 
 

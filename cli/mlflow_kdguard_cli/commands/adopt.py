@@ -40,7 +40,7 @@ def adopt(**flags: Any) -> int:
     from mlflow_kdguard_cli import render
 
     _refuse_existing(flags["out"])
-    policy = options.chosen_policy(flags["policy_file"])
+    policy = options.named_policy(flags["policy_file"])
     connection = options.connected(flags)
     with render.progress() as progress:
         found = adopted(connection, policy, now=datetime.now(UTC), progress=progress)

@@ -114,7 +114,7 @@ def _watch(flags: dict[str, Any], settings: "Settings | None", identity: str) ->
             judged=True,
             within=within,
         )
-    policy = options.chosen_policy(flags["policy_file"])
+    policy = options.named_policy(flags["policy_file"])
     return Watch(
         trust=trusted(flags["keys"] or None, flags["revoked"]),
         registries=flags["registries"] or (identity,),
