@@ -118,15 +118,14 @@ def test_it_refuses_to_start_where_it_cannot_enforce(
     tmp_path: Path, options: list[str], why: str
 ) -> None:
     operator = Operator.install(tmp_path / "operator", "http://127.0.0.1:1")
-    backend = f"sqlite:///{tmp_path / 'm.db'}"
-    given = [*options]
-    if "--registry-store-uri" not in options:
-        given += ["--registry-store-uri", f"kdguard+{backend}"]
+    database = f"sqlite:///{tmp_path / 'm.db'}"
+    stores = {"--backend-store-uri": database, "--registry-store-uri": f"kdguard+{database}"}
+    if "--artifacts-only" in options:
+        stores = {}
+    given = [word for key, uri in stores.items() if key not in options for word in (key, uri)]
+    server = (sys.executable, "-m", "mlflow", "server", "--port", "1", "--app-name", "kdguard")
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "mlflow", "server", "--port", "1", "--app-name", "kdguard"),
-            *("--backend-store-uri", backend, *given),
-        ],
+        [*server, *given, *options],
         cwd=tmp_path,
         env=os.environ
         | {
