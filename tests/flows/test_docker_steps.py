@@ -176,7 +176,7 @@ def _running(image: Native, places: dict[str, str], port: int) -> Iterator[Mlflo
         )
     server = MlflowServer(f"http://127.0.0.1:{port}", image.root.parent, process)
     try:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while not _answers(f"{server.uri}/health/ready"):
             assert process.poll() is None, server.log[-5000:]
             assert time.monotonic() < deadline, server.log[-5000:]
@@ -193,7 +193,7 @@ def _answers(uri: str) -> bool:
 
 
 def _wait_for_port(port: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
             return
