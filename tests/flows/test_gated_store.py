@@ -78,7 +78,7 @@ def test_every_reason_is_told_at_once(reg: Registry) -> None:
         registry="http://elsewhere",
         reference=c.gap(gap_mean=0.9),
         student=student,
-        days=0.00001,
+        days=1,
         now=datetime.now(UTC) - timedelta(days=2),
     )
     said = reg.refused("digits", version)
