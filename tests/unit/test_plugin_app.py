@@ -349,6 +349,28 @@ print([m for m in ("torch", "onnxruntime", "mlflow_kdguard.pipeline") if m in sy
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_behind_a_static_prefix_every_route_is_there_with_and_without_it() -> None:
+    code = """
+import sys, warnings
+warnings.simplefilter("ignore")
+from starlette.routing import Match
+from mlflow_kdguard.plugin.app.access import Open
+from mlflow_kdguard.plugin.app.gated import GatedServer
+from mlflow_kdguard.plugin.app.routes import _Own, own_app
+own = _Own(own_app(GatedServer(None, None, Open(), "/ml")))
+for path in ("/kdguard", "/kdguard/log", "/api/2.0/kdguard/status", "/metrics", "/health/ready"):
+    for prefix in ("", "/ml"):
+        scope = {"type": "http", "method": "GET", "path": prefix + path, "root_path": "",
+                 "headers": [], "query_string": b""}
+        print(own.matches(scope)[0] is Match.FULL)
+for path in ("/health", "/api/2.0/mlflow/runs/get", "/", "/kdguardian", "/other/kdguard"):
+    print(own.matches({"type": "http", "method": "GET", "path": path, "root_path": "",
+                       "headers": [], "query_string": b""})[0] is Match.NONE)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["True"] * 15, done.stdout + done.stderr
+
+
 # ── What people and scrapers see ────────────────────────────────────────────────────────────────
 
 
