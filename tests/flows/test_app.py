@@ -19,6 +19,7 @@ from mlflow_kdguard.files import sha256
 
 ADMIN = ("admin", "gate-password-1")
 READER, STRANGER = ("reader", "reader-password"), ("stranger", "stranger-password")
+VERIFIER = ("verifier", "verifier-password")
 CLIENTS = "mlflow-artifacts:/kdguard-content"
 PROXY = "/api/2.0/mlflow-artifacts"
 API = "/api/2.0/kdguard"
@@ -83,13 +84,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         signed = gate.operator.sign(gate.operator.certificate(bundle, "digits"))
         gate.certify("digits", version, signed)
         gate.promote("digits", version)
-        for name, password in (READER, STRANGER):
+        for name, password in (READER, STRANGER, VERIFIER):
             body = {"username": name, "password": password}
             assert made.ask("POST", "/api/2.0/mlflow/users/create", json=body).ok
-        denied = {"username": STRANGER[0], "resource_type": "registered_model"}
-        denied |= {"resource_id": "digits", "permission": "DENY"}
-        granted = made.ask("POST", "/api/3.0/mlflow/users/permissions/grant", json=denied)
-        assert granted.ok, granted.text
+        for name, permission in ((STRANGER[0], "DENY"), (VERIFIER[0], "EDIT")):
+            body = {"username": name, "resource_type": "registered_model"}
+            body |= {"resource_id": "digits", "permission": permission}
+            granted = made.ask("POST", "/api/3.0/mlflow/users/permissions/grant", json=body)
+            assert granted.ok, granted.text
         yield made
 
 
@@ -348,12 +350,13 @@ def test_verify_judges_without_acting(world: World) -> None:
 
 def test_nonces_are_counted_and_logged(world: World) -> None:
     asked = {"name": "digits", "subject": sha256(b"a file")}
-    given = [world.ask("POST", f"{API}/nonces", READER, json=asked).json() for _ in range(3)]
+    assert world.ask("POST", f"{API}/nonces", READER, json=asked).status_code == 403
+    given = [world.ask("POST", f"{API}/nonces", VERIFIER, json=asked).json() for _ in range(3)]
     assert [g["attempt"] for g in given] == [given[0]["attempt"] + i for i in range(3)]
     assert len({g["nonce"] for g in given}) == 3
     told = world.ask("GET", f"{API}/log", params={"action": "nonce", "model": "digits"}).json()
     assert {e["reasons"][0] for e in told["entries"]} >= {g["nonce"] for g in given}
-    assert {e["actor"] for e in told["entries"]} == {"reader"}
+    assert {e["actor"] for e in told["entries"]} == {"verifier"}
     assert heads(world.gate.operator)[-1]["seq"] >= told["entries"][0]["seq"]
 
 

@@ -44,6 +44,9 @@ class Access(Protocol):
     def may_read(self, asker: Asker, workspace: str, model: str) -> bool:
         """Whether the asker has READ on a registered model."""
 
+    def may_edit(self, asker: Asker, workspace: str, model: str) -> bool:
+        """Whether the asker has EDIT on a registered model."""
+
 
 class Open:
     """A server without users."""
@@ -55,6 +58,11 @@ class Open:
 
     def may_read(self, asker: Asker, workspace: str, model: str) -> bool:
         """Everybody reads everything."""
+        del asker, workspace, model
+        return True
+
+    def may_edit(self, asker: Asker, workspace: str, model: str) -> bool:
+        """Everybody writes everything, as on a plain MLflow server."""
         del asker, workspace, model
         return True
 
@@ -83,11 +91,16 @@ class BasicAuth:
 
     def may_read(self, asker: Asker, workspace: str, model: str) -> bool:
         """READ on the model, or better; no for a model that is not there."""
-        if asker.everything:
-            return True
+        return asker.everything or self._may(asker, workspace, model, "can_read")
+
+    def may_edit(self, asker: Asker, workspace: str, model: str) -> bool:
+        """EDIT on the model, or better; no for a model that is not there."""
+        return asker.everything or self._may(asker, workspace, model, "can_update")
+
+    def _may(self, asker: Asker, workspace: str, model: str, what: str) -> bool:
         with ServerWorkspaceContext(workspace):
             try:
                 permission = self._auth._graphql_get_permission_for_model(model, asker.name)
             except MlflowException:
                 return False
-        return bool(permission.can_read)
+        return bool(getattr(permission, what))

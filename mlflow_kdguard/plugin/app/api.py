@@ -96,7 +96,9 @@ def _asked(routes: APIRouter, server: GatedServer) -> None:
 
     @routes.post("/nonces", summary="Hand out a nonce: one attempt at measuring a model")
     def nonces(asked: NonceAsked, asker: User, _json: _Json) -> NonceGiven:
-        _must_read(server, asker, asked.name)
+        # Every nonce makes the next attempt stricter: not for whoever may only look.
+        if not server.access.may_edit(asker, workspace(), asked.name):
+            raise MlflowException("Permission denied", PERMISSION_DENIED)
         _must_exist(server, asked.name)
         given = server.nonce(asked.name, asked.subject, asker.name)
         return NonceGiven(
