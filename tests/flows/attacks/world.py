@@ -381,6 +381,8 @@ def gated(
         backend=database,
         options=[
             *(*registry, "--workers", str(workers)),
+            # On a busy machine uvicorn takes workers that still import for dead, for ever anew.
+            *("--uvicorn-opts", "--timeout-worker-healthcheck 300"),
             *(*name, *options),
         ],
         environment={
