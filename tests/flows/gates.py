@@ -257,6 +257,8 @@ def gated(
     command = [
         *("--registry-store-uri", f"kdguard+{backend}", "--workers", str(workers)),
         *(("--app-name", name) if name else ()),
+        # On a busy machine uvicorn takes workers that still import for dead, for ever anew.
+        *("--uvicorn-opts", "--timeout-worker-healthcheck 300"),
         *options,
     ]
     with (
