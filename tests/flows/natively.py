@@ -113,8 +113,10 @@ def _declared(_image: Native, instruction: d.Instruction, _kept: dict[str, Path]
 
 def _env(image: Native, instruction: d.Instruction, _kept: dict[str, Path]) -> None:
     for key, value in d.values([instruction], "ENV").items():
-        filled = re.sub(r"\$(\w+)", lambda m: image.environment[m.group(1)], value)
-        image.environment[key] = image.here(filled)
+        given = dict(image.environment)
+        image.environment[key] = re.sub(
+            r"\$(\w+)", lambda m, g=given: g[m.group(1)], image.here(value)
+        )
 
 
 def _copy(image: Native, instruction: d.Instruction, kept: dict[str, Path]) -> None:

@@ -122,6 +122,7 @@ def composed(image: Native, bucket: Any, postgres_uri: str) -> Iterator[Composed
         "database/mlflow": f"{host}/{name}",
         "http://objects:9000": str(bucket.meta.endpoint_url),
         "=0.0.0.0": "=127.0.0.1",
+        "localhost:5000": f"127.0.0.1:{port}",
         "5000": str(port),
     }
     _settings(image, places)
