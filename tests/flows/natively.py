@@ -95,16 +95,38 @@ def _needed(stages: dict[str, d.Stage], target: str) -> list[str]:
 
 
 def _interpreter(root: Path) -> dict[str, str]:
-    """The variables that the base image would set, with `python` on the path."""
+    """The variables that the base image would set, with its `python` on the path."""
     place = root.with_name(f"{root.name}-base")
     if not place.exists():
-        place.mkdir(mode=0o755)
-        python = place / "python"
-        base = getattr(sys, "_base_executable", sys.executable)
-        python.write_text(f'#!/bin/sh\nexec {base} "$@"\n')
-        python.chmod(0o755)
+        (place / "bin").mkdir(parents=True)
+        python = Path(sys.executable).resolve()
+        if not _reachable(python):
+            python = _copied(place)
+        (place / "bin" / "python").write_text(f'#!/bin/sh\nexec {python} "$@"\n')
+        (place / "bin" / "python").chmod(0o755)
     inherited = {k: v for k, v in os.environ.items() if k.startswith(_INHERITED)}
-    return inherited | {"PATH": f"{root}/usr/local/bin:{place}:/usr/sbin:/usr/bin:/sbin:/bin"}
+    if list(place.glob("lib/libpython*")):
+        inherited["LD_LIBRARY_PATH"] = f"{place}/lib"
+    return inherited | {"PATH": f"{root}/usr/local/bin:{place}/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
+
+
+def _reachable(python: Path) -> bool:
+    """Whether somebody without rights can run it; setpriv's own step still has them."""
+    somebody = ["setpriv", "--reuid=10001", "--regid=10001", "--clear-groups"]
+    tried = [*somebody, "sh", "-c", f"exec {python} -c ''"]
+    return subprocess.run(tried, capture_output=True, check=False, cwd="/").returncode == 0
+
+
+def _copied(place: Path) -> Path:
+    """The interpreter and its library, out of a folder that only root may enter."""
+    prefix, name = Path(sys.base_prefix), f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    shutil.copy(prefix / "bin" / name, place / "bin" / name)
+    left_out = shutil.ignore_patterns("test", "site-packages", "__pycache__", "idlelib", "config-*")
+    shutil.copytree(prefix / "lib" / name, place / "lib" / name, ignore=left_out)
+    (place / "lib" / name / "site-packages").mkdir()
+    for shared in (prefix / "lib").glob("libpython*.so*"):
+        shutil.copy(shared, place / "lib", follow_symlinks=False)
+    return place / "bin" / name
 
 
 def _declared(_image: Native, instruction: d.Instruction, _kept: dict[str, Path]) -> None:

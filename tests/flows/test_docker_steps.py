@@ -260,7 +260,7 @@ def test_a_toy_version_is_refused_and_promoted(composed: Composed) -> None:
     kept = {str(p.relative_to(content)) for p in content.rglob("*") if p.is_file()}
     assert {name.partition("/")[2] for name in kept} == set(files)
     heads = composed.image.root / "var/lib/kdguard/log-head.jsonl"
-    assert len(heads.read_text().splitlines()) == 2, "a refusal and a promotion"
+    assert len(heads.read_text().splitlines()) == 3, "settings, refusal, promotion"
 
 
 def test_an_overwrite_in_the_bucket_keeps_what_was_there(composed: Composed) -> None:
