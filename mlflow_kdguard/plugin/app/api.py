@@ -23,6 +23,11 @@ PAGE = 100
 """Entries of the log on one page, at most."""
 
 
+Text = Annotated[str, Field(max_length=256, pattern=r"^[^\x00]*$")]
+"""What every database takes: PostgreSQL has no text with a NUL in it."""
+Name = Annotated[Text, Field(min_length=1)]
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -30,15 +35,15 @@ class _Body(BaseModel):
 class VersionAsked(_Body):
     """A model version, and the guarded alias or stage that it is judged for."""
 
-    name: str = Field(min_length=1, max_length=256)
+    name: Name
     version: str = Field(pattern=r"^[0-9]{1,10}$")
-    alias: str = Field("", max_length=256, description="empty: the model's first guarded alias")
+    alias: Text = Field("", description="empty: the model's first guarded alias")
 
 
 class NonceAsked(_Body):
     """The model, and the SHA-256 of the `model.onnx` that is about to be measured."""
 
-    name: str = Field(min_length=1, max_length=256)
+    name: Name
     subject: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -119,8 +124,8 @@ def _told(routes: APIRouter, server: GatedServer) -> None:
         asker: User,
         before: Annotated[int | None, Query(ge=1)] = None,
         limit: Annotated[int, Query(ge=1, le=PAGE)] = 50,
-        model: str | None = None,
-        action: str | None = None,
+        model: Text | None = None,
+        action: Text | None = None,
     ) -> LogPage:
         found, behind = readable_log(
             server, asker, before=before, limit=limit, model=model, action=action
