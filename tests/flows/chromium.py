@@ -7,6 +7,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -117,6 +118,17 @@ class Browser:
         return told
 
 
+_CONNECTED = """
+import os, sys
+reading, writing = os.dup(int(sys.argv[1])), os.dup(int(sys.argv[2]))
+while min(reading, writing) <= 4:
+    reading, writing = os.dup(reading), os.dup(writing)
+os.dup2(reading, 3)
+os.dup2(writing, 4)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
+
+
 @contextlib.contextmanager
 def browser(folder: Path) -> Iterator[Browser]:
     """Start Chromium without a window, with a profile in `folder`."""
@@ -126,9 +138,10 @@ def browser(folder: Path) -> Iterator[Browser]:
     options += ["--no-sandbox"] if os.geteuid() == 0 else []
     with (folder / "chromium.log").open("wb") as log:
         process = subprocess.Popen(
-            # The browser reads from descriptor 3 and writes to 4.
+            # The browser reads from descriptor 3 and writes to 4. A shell would not do: dash knows
+            # descriptors of one digit only.
             [
-                *("/bin/sh", "-c", f'exec "$@" 3<&{to_read[0]} 4>&{to_write[1]}', "sh", program()),
+                *(sys.executable, "-c", _CONNECTED, str(to_read[0]), str(to_write[1]), program()),
                 *(*options, f"--user-data-dir={folder / 'profile'}", "about:blank"),
             ],
             pass_fds=(to_read[0], to_write[1]),
