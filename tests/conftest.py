@@ -7,6 +7,7 @@ import os
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -21,6 +22,10 @@ settings.register_profile(
 settings.load_profile("kdguard")
 
 _MLFLOW = "MLFLOW_"
+
+# What a shell starts in the background ignores Ctrl-C, and so does everything started from there.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

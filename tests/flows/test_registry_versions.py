@@ -206,16 +206,19 @@ def test_what_the_client_adds_is_left_out_and_what_is_stored_stays(
     "source", ["http://169.254.169.254/latest", "ftp://host/x", "models:/other/1"]
 )
 def test_a_source_that_is_no_artifact_store_is_refused_before_any_connection(
-    source: str, monkeypatch: pytest.MonkeyPatch
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow_kdguard.registry import versions
+    from mlflow_kdguard.registry.client import Connection
+
+    there = Connection(RegistrySection(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}"))
 
     def connect(*_: Any, **__: Any) -> None:
         raise AssertionError("a connection was made")
 
     monkeypatch.setattr(versions, "get_artifact_repository", connect)
     with pytest.raises(UnsafeModelError, match="artifact store"):
-        versions.Versions(None).fetch(source, 1000)  # type: ignore[arg-type]
+        versions.Versions(there).fetch(source, 1000)
 
 
 def test_a_logged_model_of_plain_mlflow_is_read_too(mlflow_server: MlflowServer) -> None:

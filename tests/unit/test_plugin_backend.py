@@ -456,12 +456,13 @@ def test_a_tethered_process_notices_that_its_caller_is_gone(tmp_path: Path) -> N
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_process_and_passes_on(tmp_path: Path, number: signal.Signals) -> None:
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(300)"
+    before = signal.getsignal(signal.SIGTERM)
     threading.Timer(1.5, os.kill, (os.getpid(), number)).start()
     with watch.terminable(), pytest.raises(KeyboardInterrupt) as caught:
         _watched(tmp_path, code)
     assert isinstance(caught.value, watch.Stopped) is (number is signal.SIGTERM)
     assert _gone(int((tmp_path / "logs" / "x.log").read_text().split()[0]))
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_nohup_is_respected() -> None:
