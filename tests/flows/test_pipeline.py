@@ -358,7 +358,7 @@ def test_a_teacher_from_the_registry_is_guarded(
     assert seen["uri"] == answered["uri"]
     assert "certificate.figures_from" not in _failed(seen)
     assert (tmp_path / "work" / "verify" / "certificate.dsse.json").is_file()
-    resumed = answer(["run", "--resume", answered["run"], "--tracking-uri", uri, "--json"])
+    resumed = answer(["run", "--resume", seen["run"], "--tracking-uri", uri, "--json"])
     assert resumed == REFUSED
     assert answer(["teacher", "import", named, "--tracking-uri", uri]) == 0
 
