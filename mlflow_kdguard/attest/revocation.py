@@ -49,14 +49,28 @@ class Revocations(Record):
 
     @staticmethod
     def load(path: Path) -> "Revocations":
-        """Read `{certificates: […], keys: {ID: TIME}}`; ConfigError says what is wrong with it."""
+        """Read a file; UsageError where it cannot be read, ConfigError as `parse`."""
+        return Revocations.parse(read_bytes(path, what="the list of revocations"), where=str(path))
+
+    @staticmethod
+    def parse(data: bytes, *, where: str) -> "Revocations":
+        """Read `{certificates: […], keys: {ID: TIME}}`; ConfigError says what is wrong with it:
+        a list that cannot be read would revoke nothing."""
         try:
-            values = plain_yaml.parse(read_bytes(path, what="the list of revocations"))
+            values = plain_yaml.parse(data)
             return Revocations.model_validate({} if values is None else values)
         except ValidationError as error:
-            raise ConfigError(f"{path}: {explain(error)}") from error
+            raise ConfigError(f"{where}: {explain(error)}") from error
         except ValueError as error:
-            raise ConfigError(f"{path} is no list of revocations: {error}.") from error
+            raise ConfigError(f"{where} is no list of revocations: {error}.") from error
+
+    def applied(self, verifier: Verifier) -> Verifier:
+        """The key, compromised since the earlier of what its record and what this list say."""
+        since, known = self.keys.get(verifier.key_id), verifier.record.compromised
+        if since is None or (known is not None and parse_time(known) <= parse_time(since)):
+            return verifier
+        record = verifier.record.model_copy(update={"compromised": since})
+        return Verifier(record, verifier.public)
 
     def refuse(self, envelope: bytes, signed_by: Sequence[Verifier], now: datetime) -> None:
         """CertificateError where the certificate, or a key that signed it, is taken back."""

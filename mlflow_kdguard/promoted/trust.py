@@ -34,7 +34,7 @@ class Trust:
     def of(keys: Iterable[Verifier], revoked: Revoked | None = None) -> "Trust":
         """Trust in `keys`, less what was revoked."""
         taken = revoked or Revoked()
-        verifiers = tuple(_since(key, taken.keys.get(key.key_id)) for key in keys)
+        verifiers = tuple(map(taken.applied, keys))
         times = {v.key_id: v.record.compromised for v in verifiers if v.record.compromised}
         return Trust(verifiers, frozenset(taken.certificates), MappingProxyType(times))
 
@@ -102,12 +102,3 @@ def _revoked(given: str | Path | Revoked | None) -> Revoked | None:
         return given
     path = given if given is not None else os.environ.get(REVOKED)
     return Revoked.load(Path(path)) if path else None
-
-
-def _since(verifier: Verifier, since: str | None) -> Verifier:
-    """The key with its compromise at `since`, where nobody has put it earlier."""
-    known = verifier.record.compromised
-    if since is None or (known is not None and parse_time(known) <= parse_time(since)):
-        return verifier
-    record = verifier.record.model_copy(update={"compromised": since})
-    return Verifier(record, verifier.public)

@@ -4,15 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from mlflow_kdguard import plain_yaml
 from mlflow_kdguard.attest import Verifier
 from mlflow_kdguard.attest.revocation import Revocations
-from mlflow_kdguard.config import explain
 from mlflow_kdguard.errors import ConfigError, UsageError
 from mlflow_kdguard.files import read_bytes
-from mlflow_kdguard.records import parse_time
 
 SUFFIX = ".pub"
 _LARGEST = 1 << 16
@@ -44,7 +39,7 @@ def trusted(records: Mapping[str, bytes], revoked: bytes | None, *, where: str) 
     Raises UsageError for a record that is none and for two records of one key that differ,
     ConfigError for a list of revocations that cannot be read: it would revoke nothing.
     """
-    revocations = Revocations() if revoked is None else _revocations(revoked)
+    revocations = Revocations() if revoked is None else Revocations.parse(revoked, where="revoked")
     verifiers: dict[str, Verifier] = {}
     for name, data in records.items():
         verifier = Verifier.from_bytes(data, where=f"{where}/{name}")
@@ -54,23 +49,4 @@ def trusted(records: Mapping[str, bytes], revoked: bytes | None, *, where: str) 
                 f"{where}: two records of the key {verifier.key_id[:16]}… disagree.",
                 remedy="Keep the newer one only.",
             )
-    taken = revocations.keys
-    return Keys(tuple(_since(v, taken.get(k)) for k, v in verifiers.items()), revocations)
-
-
-def _since(verifier: Verifier, since: str | None) -> Verifier:
-    known = verifier.record.compromised
-    if since is None or (known is not None and parse_time(known) <= parse_time(since)):
-        return verifier
-    record = verifier.record.model_copy(update={"compromised": since})
-    return Verifier(record, verifier.public)
-
-
-def _revocations(data: bytes) -> Revocations:
-    try:
-        values = plain_yaml.parse(data)
-        return Revocations.model_validate({} if values is None else values)
-    except ValidationError as error:
-        raise ConfigError(f"revoked: {explain(error)}") from error
-    except ValueError as error:
-        raise ConfigError(f"revoked: {error}.") from error
+    return Keys(tuple(map(revocations.applied, verifiers.values())), revocations)
