@@ -6,13 +6,15 @@ absent; what a killed stage left behind (checkpoints) stays for it to go on from
 when its inputs have changed.
 """
 
+import fcntl
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mlflow_kdguard.errors import KDGuardError, UsageError
 from mlflow_kdguard.files import digest_json, sha256_file, write_bytes, write_json
@@ -135,3 +137,27 @@ def _refuse_foreign(folder: Path, mark: Path) -> None:
             f"{folder} is in the way: a stage would keep its files there, and it holds others.",
             remedy="Name another folder for results (run.work_dir, --out).",
         )
+
+
+@contextmanager
+def alone_in(folder: Path, *, lock: str, who: str, setting: str) -> Iterator[None]:
+    """Hold the file `lock` of a folder, which is made where it is missing.
+
+    UsageError where `who` (what else may hold it) does, or where nothing can be written there; its
+    remedy names the `setting` that says which folder to work in.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file: IO[str] = (folder / lock).open("w")
+    except OSError as error:
+        raise UsageError(
+            f"cannot work in {folder}: {error.strerror}.", remedy=f"Name another {setting}."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"{who} works in {folder}.", remedy=f"Wait for it, or name another {setting}."
+            ) from error
+        yield

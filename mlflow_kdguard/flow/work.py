@@ -5,7 +5,6 @@ anywhere, the next start finds either a finished stage (and logs it, if that had
 an unfinished one, which it goes on with.
 """
 
-import fcntl
 import json
 import logging
 import platform
@@ -16,17 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from mlflow_kdguard import __version__, devices
 from mlflow_kdguard.attest import Signer, Verifier, require_verifier
 from mlflow_kdguard.config import GuardConfig
-from mlflow_kdguard.errors import UsageError
 from mlflow_kdguard.files import sha256_file, write_json
 from mlflow_kdguard.flow.places import anchored
-from mlflow_kdguard.ledger import Entry, Ledger
+from mlflow_kdguard.ledger import Entry, Ledger, alone_in
 from mlflow_kdguard.policy import Policy
 from mlflow_kdguard.records import Progress, Record
 from mlflow_kdguard.registry import Registry, Run
@@ -183,7 +181,10 @@ def opened(
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     above = None if parent is None else parent.id
-    with _alone_in(folder), _terminable():
+    with (
+        alone_in(folder, lock=".lock", who="another process", setting="run.work_dir"),
+        _terminable(),
+    ):
         write_json(folder / CONFIG_FILE, anchored(config).model_dump(mode="json"))
         registry = Registry(config.registry)
         resume = _unfinished(folder, registry, above)
@@ -252,23 +253,3 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock: IO[str] = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UsageError(
-            f"cannot work in {folder}: {error.strerror}.", remedy="Name another run.work_dir."
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"another process works in {folder}.",
-                remedy="Wait for it, or name another run.work_dir.",
-            ) from error
-        yield

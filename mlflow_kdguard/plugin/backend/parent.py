@@ -1,12 +1,9 @@
 """The project's run on MLflow, above one nested run a stage, and the folder that it goes on in."""
 
-import fcntl
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO
 
 from mlflow.entities import SourceType
 from mlflow.utils.mlflow_tags import (
@@ -20,8 +17,9 @@ from mlflow.utils.mlflow_tags import (
 )
 
 from mlflow_kdguard.config import RegistrySection
-from mlflow_kdguard.errors import RegistryError, UsageError
+from mlflow_kdguard.errors import RegistryError
 from mlflow_kdguard.files import sha256_file, write_json
+from mlflow_kdguard.ledger import alone_in
 from mlflow_kdguard.registry.client import Connection
 from mlflow_kdguard.registry.runs import ERROR, INPUTS, STAGE, WORK_DIR, Run, create
 
@@ -114,25 +112,10 @@ class Parent:
         write_json(self.folder / STATE, {"run_id": self.run.id, "status": status})
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> AbstractContextManager[None]:
     """Hold the folder's lock; UsageError where another `mlflow run` works in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock: IO[str] = (folder / LOCK).open("w")
-    except OSError as error:
-        raise UsageError(
-            f"cannot work in {folder}: {error.strerror}.", remedy="Name another work_dir."
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"another `mlflow run` works in {folder}.",
-                remedy="Wait for it, or name another work_dir in the backend configuration.",
-            ) from error
-        yield
+    setting = "work_dir in the backend configuration"
+    return alone_in(folder, lock=LOCK, who="another `mlflow run`", setting=setting)
 
 
 def _tags(uri: str, entry_point: str, commit: str | None) -> dict[str, str]:
