@@ -5,6 +5,7 @@ of two values) are functions of one number, their *switch*: the input, or the di
 two inputs, since max(a, b) = b + relu(a - b) and min(a, b) = a - relu(a - b).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -17,7 +18,7 @@ from mlflow_kdguard.certify.rounding import gamma
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Op:
+class Op(ABC):
     """One operation: which earlier operations it reads and the shape that it gives."""
 
     inputs: tuple[int, ...]
@@ -32,14 +33,18 @@ class Op:
         }
         return replace(self, **changes)
 
+    @abstractmethod
     def value(self, *x: Tensor) -> Tensor:
         """The operation itself: B×shape of each input to B×shape."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Input(Op):
     """The image."""
+
+    def value(self, *x: Tensor) -> Tensor:
+        """The image itself."""
+        return x[0]
 
 
 class Linear(Op):
@@ -52,13 +57,13 @@ class Linear(Op):
         """Longest sum of products in a pass forwards or backwards."""
         return 1
 
+    @abstractmethod
     def spread(self, *radius: Tensor) -> Tensor:
         """|W| r: the operation without offset, with all constants made positive."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pull(self, form: Form) -> tuple[Form, ...]:
         """The functional seen from each input (without the offset)."""
-        raise NotImplementedError
 
     @property
     def offset(self) -> Tensor | None:
