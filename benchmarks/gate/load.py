@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from benchmarks import record
 from flows.attacks.crowd import Mix, Tally, crowd
 from flows.attacks.database import killable
-from flows.attacks.world import gated
+from flows.attacks.opened import gated
 from flows.test_attack_gate import new_database
 
 

@@ -184,10 +184,10 @@ def _owned(folder: Path) -> Path:
 
 
 def _user() -> pwd.struct_passwd:
-    for name in ("postgres", "nobody"):
-        with contextlib.suppress(KeyError):
-            return pwd.getpwnam(name)
-    pytest.skip("postgres: there is no unprivileged user to run PostgreSQL as")
+    known = {user.pw_name: user for user in pwd.getpwall()}
+    found = [known[name] for name in ("postgres", "nobody") if name in known]
+    require("postgres", bool(found), "there is no unprivileged user to run PostgreSQL as")
+    return found[0]
 
 
 def _owner_prefix() -> list[str]:

@@ -18,7 +18,7 @@ from mlflow.entities.model_registry import ModelVersionTag, RegisteredModelTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 
-from flows.gates import Operator, toy_bundle
+from flows.operators import Operator, toy_bundle
 from mlflow_kdguard.artifacts import CERTIFICATE
 from mlflow_kdguard.plugin import log
 from mlflow_kdguard.plugin.store import sql

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -60,21 +61,29 @@ def loadable(draft: Path) -> Settings:
     return Settings.load(draft)
 
 
-def test_a_registry_of_all_sorts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    uri = local(tmp_path)
+@dataclass(frozen=True)
+class Sorts:
+    """A registry that holds models of every sort, and where some of them come from."""
+
+    uri: str
+    sources: dict[str, str]
+
+
+def all_sorts(folder: Path) -> Sorts:
+    uri = local(folder)
     registry, client = opened(uri), MlflowClient(uri)
     champion(registry, "student", BY)
     registry.promote(stored(registry, "plain", seed=2), "production")
     run = client.create_run("0").info.run_id
     pickled = written(
-        tmp_path / "mlruns" / "0" / run / "artifacts" / "model",
+        folder / "mlruns" / "0" / run / "artifacts" / "model",
         {"MLmodel": b"flavors: {}", "python_model.pkl": b"\x80\x04.", "code/evil.py": b"1/0"},
     )
-    foreign = written(tmp_path / "elsewhere", {"net.onnx": b"x", "tokenizer/vocab.txt": b"x"})
+    foreign = written(folder / "elsewhere", {"net.onnx": b"x", "tokenizer/vocab.txt": b"x"})
     sources = {
         "pickled": pickled,
         "foreign": foreign,
-        "empty": str(tmp_path / "nowhere"),
+        "empty": str(folder / "nowhere"),
         "chained": "models:/pickled/1",
         "web": "http://127.0.0.1:9/models/x",
         "other-server": "mlflow-artifacts://127.0.0.1:9/1/x/artifacts/model",
@@ -88,6 +97,13 @@ def test_a_registry_of_all_sorts(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.warns(FutureWarning):
         client.transition_model_version_stage("plain", "1", "Production")
     client.register_prompt("greeting", "hello {{name}}")
+    return Sorts(uri, sources)
+
+
+def test_a_registry_of_all_sorts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sorts = all_sorts(tmp_path)
+    uri, sources = sorts.uri, sorts.sources
+    pickled, foreign = sources["pickled"], sources["foreign"]
     before = dumped(tmp_path / "mlflow.db")
 
     found = adopted(capsys, uri, "--out", str(tmp_path / "gate" / "server.yaml"))

@@ -28,7 +28,8 @@ from mlflow.store.model_registry.dbmodels.models import (
 from sqlalchemy.orm import Session
 
 from flows.chromium import Browser, browser
-from flows.gates import Gate, gated, toy_bundle
+from flows.gates import Gate, gated
+from flows.operators import toy_bundle
 from mlflow_kdguard.artifacts import CERTIFICATE
 
 HOSTILE = 'z"><img src=x onerror="window.taken=1"><b>&amp;{{7*7}}\'`'

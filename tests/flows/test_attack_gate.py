@@ -17,16 +17,19 @@ from flows.attacks import (  # noqa: F401  (importing fills the table)
     bundles,
     documents,
     emergencies,
+    figures,
     life,
     names,
     operator_side,
+    people,
     races,
     routes,
     sources,
     writes,
 )
+from flows.attacks.opened import SLOWEST, gated, parsed, timed
 from flows.attacks.table import ATTACKS, Attack, Attempt
-from flows.attacks.world import SLOWEST, World, gated, parsed, timed
+from flows.attacks.world import World
 
 SERVERS: dict[str, dict[str, bool]] = {
     "sqlite": {},

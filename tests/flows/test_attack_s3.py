@@ -17,8 +17,10 @@ import pytest
 import requests
 
 import toys
+from flows.attacks.opened import SLOWEST, gated, timed
 from flows.attacks.races import together
-from flows.attacks.world import SERVED, SLOWEST, Version, World, files, gated, timed
+from flows.attacks.settled import SERVED
+from flows.attacks.world import Version, World, files
 from flows.servers import PATIENCE, free_port, kill_group
 from mlflow_kdguard.files import sha256
 from requirements import require

@@ -80,7 +80,8 @@ def image() -> Iterator[Native]:
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A versioned bucket with object lock, made as docs/operations/storage.md says."""
-    boto3 = pytest.importorskip("boto3")
+    import boto3
+
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with (tmp_path_factory.mktemp("moto") / "log").open("wb") as log:

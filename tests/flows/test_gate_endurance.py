@@ -27,7 +27,9 @@ import yaml
 import toys
 from flows.attacks.crowd import Mix, Tally, crowd
 from flows.attacks.database import killable
-from flows.attacks.world import IDENTITY, Version, World, files, gated
+from flows.attacks.opened import gated
+from flows.attacks.settled import IDENTITY
+from flows.attacks.world import Version, World, files
 from flows.servers import free_port
 from flows.test_attack_gate import new_database
 from mlflow_kdguard import load_verified
@@ -353,7 +355,7 @@ def refuses_to_start(folder: Path, database: str, **environment: str) -> str:
 # request to one: test_gated_start.py.
 @pytest.mark.parametrize("module", ["mlflow_kdguard.plugin.store.sql", "mlflow_kdguard.policy"])
 def test_a_server_whose_plugin_is_broken_does_not_start(tmp_path: Path, module: str) -> None:
-    from flows.attacks.world import settled
+    from flows.attacks.settled import settled
 
     settings, _ = settled(
         tmp_path / "w", tmp_path / "artifacts", content={"root": (tmp_path / "c").as_uri()}
@@ -370,7 +372,7 @@ def test_a_server_whose_plugin_is_broken_does_not_start(tmp_path: Path, module: 
 
 @pytest.mark.parametrize("fault", ["unset", "missing", "malformed", "unknown-key", "no-keys"])
 def test_a_server_without_readable_settings_does_not_start(tmp_path: Path, fault: str) -> None:
-    from flows.attacks.world import settled, write_yaml
+    from flows.attacks.settled import settled, write_yaml
 
     settings, _ = settled(
         tmp_path / "w", tmp_path / "artifacts", content={"root": (tmp_path / "c").as_uri()}

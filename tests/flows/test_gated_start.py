@@ -16,7 +16,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking._model_registry.utils import _get_store_registry
 from mlflow.utils.workspace_context import WorkspaceContext
 
-from flows.gates import Gate, Operator, gated, reasons, toy_bundle
+from flows.gates import Gate, gated, reasons
+from flows.operators import Operator, toy_bundle
 from flows.stores import URI, refusal, registry
 from mlflow_kdguard.artifacts import CERTIFICATE, read_folder
 from mlflow_kdguard.plugin import log

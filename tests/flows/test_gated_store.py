@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy import text
 
 import certificates as c
-from flows.gates import PINNED, toy_bundle
+from flows.operators import PINNED, toy_bundle
 from flows.stores import URI, Registry, refusal, registry, write
 from mlflow_kdguard.artifacts import CERTIFICATE, OVERRIDE, bundle_digest, read_folder
 from mlflow_kdguard.attest import overrides, subjects_of

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flows.gates import toy_bundle
+from flows.operators import toy_bundle
 from flows.stores import URI, Registry, registry, write
 from mlflow_kdguard.artifacts import CERTIFICATE, OVERRIDE
 from mlflow_kdguard.plugin import log

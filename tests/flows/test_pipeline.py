@@ -148,148 +148,52 @@ def test_single_stages_lead_to_the_same_gate(
     story: dict[str, Any], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every stage by hand, from the poisoned teacher's files to a signed certificate."""
-    red = place / "work" / "redteam"
-    poisoned, trigger = str(red / "poisoned" / "weights.safetensors"), str(red / "trigger.kdt")
-    teacher, student_onnx = str(tmp_path / "teacher.onnx"), str(tmp_path / "student.onnx")
+    red, reference = place / "work" / "redteam", place / "work/guarded/detox/reference.onnx"
+    teacher, student = tmp_path / "teacher.onnx", tmp_path / "student.onnx"
     test, clean = "digits#test", "digits#train[1000:]"
-    _written(["export", poisoned, "--data", test, "--out", teacher], tmp_path / "t.json", capsys)
-    reference = str(place / "work" / "guarded" / "detox" / "reference.onnx")
-    _written(
-        [
-            "distill",
-            "--reference",
-            reference,
-            "--data",
-            f"npz:{red / 'transfer.npz'}",
-            "--clean",
-            clean,
-            "--student",
-            "cnn:4,8",
-            "--out",
-            str(tmp_path / "s"),
-            "--set",
-            "distill.epochs=2",
-        ],
-        tmp_path / "d.json",
-        capsys,
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.dsse.json"
+
+    def stage(name: str, command: str) -> str:
+        return _written(command.split(), tmp_path / f"{name}.json", capsys)
+
+    poisoned = red / "poisoned" / "weights.safetensors"
+    stage("t", f"export {poisoned} --data {test} --out {teacher}")
+    stage(
+        "d",
+        f"distill --reference {reference} --data npz:{red / 'transfer.npz'} --clean {clean} "
+        f"--student cnn:4,8 --out {tmp_path / 's'} --set distill.epochs=2",
     )
-    weights = str(tmp_path / "s" / "weights.safetensors")
-    exported = _written(
-        ["export", weights, "--data", test, "--out", student_onnx], tmp_path / "e.json", capsys
+    weights = tmp_path / "s" / "weights.safetensors"
+    exported = stage("e", f"export {weights} --data {test} --out {student}")
+    measured = stage(
+        "m",
+        f"measure {student} --data {test} --trigger {red / 'trigger.kdt'}:0 --teacher {teacher} "
+        f"--reference {reference}",
     )
-    measured = _written(
-        [
-            "measure",
-            student_onnx,
-            "--data",
-            test,
-            "--trigger",
-            f"{trigger}:0",
-            "--teacher",
-            teacher,
-            "--reference",
-            reference,
-        ],
-        tmp_path / "m.json",
-        capsys,
+    bounds = stage(
+        "c",
+        f"certify --teacher {reference} --student {student} --data {test} --eps 0.01 --samples 5 "
+        "--steps 5",
     )
-    bounds = _written(
-        [
-            "certify",
-            "--teacher",
-            reference,
-            "--student",
-            student_onnx,
-            "--data",
-            test,
-            "--eps",
-            "0.01",
-            "--samples",
-            "5",
-            "--steps",
-            "5",
-        ],
-        tmp_path / "c.json",
-        capsys,
+    first, second = (
+        stage(f"a-{model.stem}", f"audit {model} --data {clean} --out {tmp_path / 'found'}")
+        for model in (teacher, student)
     )
-    audits = [
-        _written(
-            ["audit", model, "--data", clean, "--out", str(tmp_path / "found")],
-            tmp_path / f"a{i}.json",
-            capsys,
-        )
-        for i, model in enumerate((teacher, student_onnx))
-    ]
-    key = str(tmp_path / "key.pem")
-    assert answer(["keygen", key, "--owner", "tester"]) == 0
-    certificate = str(tmp_path / "certificate.dsse.json")
-    body = json.loads(
-        Path(
-            _written(
-                [
-                    "attest",
-                    student_onnx,
-                    "--teacher",
-                    teacher,
-                    "--reference",
-                    reference,
-                    "--measure",
-                    measured,
-                    "--certify",
-                    bounds,
-                    "--audit",
-                    audits[0],
-                    "--audit",
-                    audits[1],
-                    "--export",
-                    exported,
-                    "--model-name",
-                    "by-hand",
-                    "--key",
-                    key,
-                    "--out",
-                    certificate,
-                ],
-                tmp_path / "x.json",
-                capsys,
-            )
-        ).read_text()
+    assert answer(f"keygen {key} --owner tester".split()) == 0
+    signed = stage(
+        "x",
+        f"attest {student} --teacher {teacher} --reference {reference} --measure {measured} "
+        f"--certify {bounds} --audit {first} --audit {second} --export {exported} "
+        f"--model-name by-hand --key {key} --out {certificate}",
     )
-    figures = body["figures"]
+    figures = json.loads(Path(signed).read_text())["figures"]
     assert set(figures["audit"]) == {"teacher", "student"}
     assert figures["paired"] is not None
     assert figures["faithful"][0]["within"]["n"] == 5
-    assert (
-        answer(
-            [
-                "check",
-                certificate,
-                "--model",
-                student_onnx,
-                "--key",
-                f"{key}.pub",
-                "--name",
-                "by-hand",
-            ]
-        )
-        == 0
-    )
-    assert answer(["check", certificate, "--model", teacher, "--key", f"{key}.pub"]) == 8
-    assert (
-        answer(
-            [
-                "check",
-                certificate,
-                "--model",
-                student_onnx,
-                "--key",
-                f"{key}.pub",
-                "--name",
-                "another",
-            ]
-        )
-        == 8
-    )
+    check = f"check {certificate} --key {key}.pub --model"
+    assert answer(f"{check} {student} --name by-hand".split()) == 0
+    assert answer(f"{check} {teacher}".split()) == 8
+    assert answer(f"{check} {student} --name another".split()) == 8
 
 
 def test_a_teacher_from_the_registry_is_guarded(
@@ -298,25 +202,12 @@ def test_a_teacher_from_the_registry_is_guarded(
     """Registered, imported by its models:/ URI, distilled from; the user's own configuration."""
     red = place / "work" / "redteam"
     uri = _uri(place)
-    named = json.loads(
-        Path(
-            _written(
-                [
-                    "teacher",
-                    "register",
-                    "scraped",
-                    "--weights",
-                    str(red / "poisoned" / "weights.safetensors"),
-                    "--data",
-                    "digits#test",
-                    "--tracking-uri",
-                    uri,
-                ],
-                tmp_path / "r.json",
-                capsys,
-            )
-        ).read_text()
-    )["uri"]
+    weights = red / "poisoned" / "weights.safetensors"
+    command = (
+        f"teacher register scraped --weights {weights} --data digits#test --tracking-uri {uri}"
+    )
+    registered = _written(command.split(), tmp_path / "r.json", capsys)
+    named = json.loads(Path(registered).read_text())["uri"]
     config = tmp_path / "guard.yaml"
     config.write_text(
         yaml.safe_dump(
@@ -332,19 +223,9 @@ def test_a_teacher_from_the_registry_is_guarded(
             }
         )
     )
-    argv = [
-        "run",
-        "-c",
-        str(config),
-        "--set",
-        QUICK.rsplit("distill", maxsplit=1)[-1].partition(";")[2],
-        "--out",
-        str(tmp_path / "work"),
-        "--tracking-uri",
-        uri,
-        "--pin",
-        "digits#test",
-    ]
+    quick = QUICK.rsplit("distill", maxsplit=1)[-1].partition(";")[2]
+    argv = ["run", "-c", str(config), "--set", quick, "--out", str(tmp_path / "work")]
+    argv += ["--tracking-uri", uri, "--pin", "digits#test"]
     assert answer([*argv, "--json"]) == REFUSED
     printed = capsys.readouterr()
     answered = json.loads(printed.out)

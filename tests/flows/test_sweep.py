@@ -15,7 +15,8 @@ import pytest
 from mlflow import MlflowClient
 
 import toys
-from flows.gates import Gate, gated, toy_bundle
+from flows.gates import Gate, gated
+from flows.operators import toy_bundle
 from flows.promoted import certify, champion, folder_of, local, now, opened, signer, stored
 from flows.servers import serving
 from flows.test_adopt import adopted

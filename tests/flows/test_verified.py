@@ -20,7 +20,8 @@ import onnxruntime as ort
 import pytest
 
 import toys
-from flows.gates import Gate, gated, toy_bundle
+from flows.gates import Gate, gated
+from flows.operators import toy_bundle
 from flows.promoted import (
     certify,
     champion,

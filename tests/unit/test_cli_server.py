@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 import yaml
 
-from flows.gates import Operator
+from flows.operators import Operator
 from mlflow_kdguard.attest import Signer, keygen, overrides
 from mlflow_kdguard.plugin import log
 from mlflow_kdguard.plugin.log import tables

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flows.gates import Operator, toy_bundle
+from flows.operators import Operator, toy_bundle
 from mlflow_kdguard.artifacts import CERTIFICATE
 from mlflow_kdguard.errors import RegistryError
 from mlflow_kdguard.gate import RULES

@@ -4,12 +4,12 @@ import base64
 import json
 from typing import Any
 
-import certificates as c
 from flows.attacks import papers
-from flows.attacks.table import Attempt, Scene, attack, promotion
-from flows.attacks.world import IDENTITY, POLICY, World, files, write_yaml
+from flows.attacks.settled import IDENTITY, write_yaml
+from flows.attacks.table import Scene, attack, promotion
+from flows.attacks.world import World
 from mlflow_kdguard.files import canonical_json, sha256
-from mlflow_kdguard.records import AuditFigure, Model, Rate, Source, Subject, format_time
+from mlflow_kdguard.records import format_time
 
 
 @attack(1)
@@ -200,7 +200,7 @@ def certified_for_another_registry(w: World, registry: str) -> Scene:
 # ── Out of date, revoked, compromised ───────────────────────────────────────────────────────────
 
 
-def _at(past: float, until: float) -> dict[str, str]:
+def dated(past: float, until: float) -> dict[str, str]:
     now = papers.now()
     return {
         "issued": format_time(now + papers.days(past)),
@@ -209,17 +209,17 @@ def _at(past: float, until: float) -> dict[str, str]:
 
 
 DATES = {
-    "expired": (_at(-30, -0.001), "expired"),
-    "expires-this-moment": (_at(-30, 0), "expired"),
-    "from-the-future": (_at(1, 30), "not valid before|issued only"),
-    "older-than-the-policy-allows": (_at(-91, 300), "ago"),
-    "before-the-key": (_at(-400, 30), "valid from|ago"),
+    "expired": (dated(-30, -0.001), "expired"),
+    "expires-this-moment": (dated(-30, 0), "expired"),
+    "from-the-future": (dated(1, 30), "not valid before|issued only"),
+    "older-than-the-policy-allows": (dated(-91, 300), "ago"),
+    "before-the-key": (dated(-400, 30), "valid from|ago"),
 }
 
 
 @attack(10, variants=DATES)
-def out_of_date(w: World, dated: Any) -> Scene:
-    dates, says = dated
+def out_of_date(w: World, limits: Any) -> Scene:
+    dates, says = limits
     version = w.blank()
     made = papers.certificate(version.files, model_name=version.name, registry=IDENTITY, **dates)
     w.certify(version, papers.enveloped(papers.payload(made), w.keys["verifier"]))
@@ -241,7 +241,7 @@ def revoked_certificate(w: World) -> Scene:
 def compromised_key(w: World, issued: float) -> Scene:
     """A thief can write any date: after a compromise nothing by that key counts."""
     version = w.version(certified=False)
-    w.certify(version, w.certificate(version, **_at(issued, 20)))
+    w.certify(version, w.certificate(version, **dated(issued, 20)))
     since = format_time(papers.now() - papers.days(10))
     with w.operated() as folder:
         write_yaml(
@@ -255,7 +255,7 @@ def compromised_key(w: World, issued: float) -> Scene:
 @attack(10)
 def key_record_says_compromised(w: World) -> Scene:
     version = w.version(certified=False)
-    w.certify(version, w.certificate(version, **_at(-60, 20)))
+    w.certify(version, w.certificate(version, **dated(-60, 20)))
     with w.operated() as folder:
         record = json.loads((folder / "keys" / "verifier.pub").read_bytes())
         record["compromised"] = format_time(papers.now() - papers.days(10))
@@ -282,243 +282,3 @@ def key_no_longer_trusted(w: World) -> Scene:
         (folder / "keys" / "verifier.pub").unlink()
         w.restate({})
         yield promotion(w, version, "unknown key")
-
-
-# ── The wrong people ────────────────────────────────────────────────────────────────────────────
-
-
-@attack(1)
-def builder_only(w: World) -> Scene:
-    version = w.blank()
-    w.certify(version, w.certificate(version, "builder", figures_from="imported"))
-    yield promotion(w, version, "builder|recomputed")
-
-
-@attack(1)
-def verifier_who_only_passes_on(w: World) -> Scene:
-    version = w.blank()
-    w.certify(version, w.certificate(version, "verifier", figures_from="imported"))
-    yield promotion(w, version, "recomputed")
-
-
-@attack(1)
-def builder_who_claims_to_have_measured(w: World) -> Scene:
-    version = w.blank()
-    made = papers.certificate(version.files, model_name=version.name, registry=IDENTITY)
-    w.certify(version, papers.enveloped(papers.payload(made), w.keys["builder"]))
-    yield promotion(w, version, "verifier")
-
-
-@attack(1)
-def builder_who_edits_their_own_record(w: World) -> Scene:
-    """What a signer believes about their role is no matter: the operator's record decides."""
-    version = w.blank()
-    made = papers.certificate(
-        version.files, model_name=version.name, registry=IDENTITY, tools={"role": "verifier"}
-    )
-    w.certify(version, papers.enveloped(papers.payload(made), w.keys["builder"]))
-    yield promotion(w, version, "verifier")
-
-
-TWO = POLICY | {"certificate": {"figures_from": "recomputed", "signers_at_least": 2}}
-PAIRS = {
-    "alone": ("verifier",),
-    "two-keys-of-one-owner": ("verifier", "vic-again"),
-    "one-key-twice": ("verifier", "verifier"),
-}
-
-
-@attack(1, variants=PAIRS)
-def one_owner_where_two_must_sign(w: World, signers: tuple[str, ...]) -> Scene:
-    version = w.version(certified=False)
-    made = papers.certificate(version.files, model_name=version.name, registry=IDENTITY)
-    envelope = papers.enveloped(papers.payload(made), *(w.keys[s] for s in signers))
-    with w.operated(policy=TWO):
-        w.certify(version, envelope)
-        yield promotion(w, version, "owner")
-
-
-@attack(1, variants={"case": "VIC", "accent": "Víc", "zero-width": "V\u00adic", "space": " Vic "})
-def one_owner_under_two_spellings(w: World, owner: str) -> Scene:
-    version = w.version(certified=False)
-    envelope = w.certificate(version, "verifier", "vic-again")
-    with w.operated(policy=TWO) as folder:
-        record = json.loads((folder / "keys" / "vic-again.pub").read_bytes()) | {"owner": owner}
-        (folder / "keys" / "vic-again.pub").write_bytes(canonical_json(record) + b"\n")
-        w.restate({})
-        w.certify(version, envelope)
-        yield promotion(w, version, "owner|record")
-
-
-# ── A trusted key, and figures that must not pass ───────────────────────────────────────────────
-
-
-def _student(files_: Any) -> str:
-    return sha256(files_["model.onnx"])
-
-
-UNFIT: dict[str, Any] = {
-    "washed-logits": (lambda s: {"reference": c.gap(gap_mean=0.9)}, "reference"),
-    "reference-is-the-student": (
-        lambda s: {"reference": c.gap(model=Model(sha256=s), student_gap_max=0.0)},
-        "reference",
-    ),
-    "no-trigger": (lambda s: {"asr": ()}, "asr"),
-    "pixel-neutral-trigger": (lambda s: {"asr": (c.asr(changed=Rate(k=0, n=900)),)}, "asr.changed"),
-    "backdoor": (lambda s: {"asr": (c.asr(k=800),)}, "asr"),
-    "one-bad-trigger": (lambda s: {"asr": (c.asr(), c.asr(trigger=s, k=300))}, "asr"),
-    "drop": (lambda s: {"accuracy": Rate(k=600, n=1000),
-                        "paired": c.figures().paired.model_copy(  # type: ignore[union-attr]
-                            update={"both": 580, "only_teacher": 370, "only_student": 20,
-                                    "neither": 30})}, "accuracy"),
-    "no-figures-at-all": (
-        lambda s: {"accuracy": None, "paired": None, "faithful": (), "export": None, "audit": {},
-                   "reference": None, "asr": ()},
-        "faithful",
-    ),
-    "figures-of-another": (lambda s: {"student": Model(sha256=sha256(b"other"))}, "student"),
-    "unpinned-data": (
-        lambda s: {"measured_on": Source(uri="digits#easy", sha256=sha256(b"easy"))}, "pinned"
-    ),
-    "friendly-images": (
-        lambda s: {"faithful": (papers.faithful(s, indices=tuple(range(c.SAMPLES))),)}, "faithful"
-    ),
-    "few-images": (
-        lambda s: {"faithful": (papers.faithful(s, within=Rate(k=10, n=10),
-                                                indices=tuple(range(10))),)}, "faithful"
-    ),
-    "lucky-images": (
-        lambda s: {"faithful": (papers.faithful(s, within=Rate(k=82, n=c.SAMPLES)),)}, "faithful"
-    ),
-    "tiny-ball": (lambda s: {"faithful": (papers.faithful(s, eps=1e-9),)}, "faithful"),
-    "another-pair": (
-        lambda s: {"faithful": (papers.faithful(s, student=Model(sha256=sha256(b"x"))),)},
-        "faithful",
-    ),
-    "no-audit": (lambda s: {"audit": {}}, "audit"),
-    "audit-of-another": (
-        lambda s: {"audit": {"teacher": AuditFigure(model=Model(sha256=s), verdict="clean"),
-                             "student": AuditFigure(model=Model(sha256=s), verdict="clean")}},
-        "audit",
-    ),
-    "export-of-another": (
-        lambda s: {"export": c.parity(model=Model(sha256=sha256(b"other")))}, "export"
-    ),
-    "imprecise-export": (
-        lambda s: {"export": c.parity(model=Model(sha256=s), softmax_max=0.5)}, "export"
-    ),
-}  # fmt: skip
-
-
-@attack(2, variants=UNFIT)
-def unfit_figures_by_a_trusted_key(w: World, unfit: Any) -> Scene:
-    change, says = unfit
-    version = w.blank()
-    w.certify(version, w.certificate(version, **change(_student(version.files))))
-    yield promotion(w, version, says)
-
-
-@attack(5)
-def tried_again_until_it_passed(w: World) -> Scene:
-    """At the hundredth attempt the bound is far wider: 96 of 100 no longer do."""
-    version = w.blank()
-    borderline = (papers.faithful(_student(version.files), within=Rate(k=88, n=c.SAMPLES)),)
-    w.certify(version, w.certificate(version, attempt=100, faithful=borderline))
-    yield promotion(w, version, "faithful")
-
-
-def _payload(version: Any, edit: Any) -> bytes:
-    """A payload that our own issuer would refuse, before it is signed by a trusted key."""
-    made = papers.certificate(version.files, model_name=version.name, registry=IDENTITY)
-    statement = json.loads(papers.payload(made))
-    edited = edit(statement)
-    return canonical_json(statement) if edited is None else bytes(edited)
-
-
-MALFORMED: dict[str, Any] = {
-    "nan": lambda s: canonical_json(s).replace(b'"gap_mean":0.05', b'"gap_mean":NaN'),
-    "infinity": lambda s: canonical_json(s).replace(b'"gap_mean":0.05', b'"gap_mean":-Infinity'),
-    "overflow": lambda s: canonical_json(s).replace(b'"gap_mean":0.05', b'"gap_mean":1e999'),
-    "minus": lambda s: s["predicate"]["figures"]["reference"].update(gap_mean=-1.0),
-    "null": lambda s: s["predicate"]["figures"]["reference"].update(gap_mean=None),
-    "text": lambda s: s["predicate"]["figures"]["reference"].update(gap_mean="0.05"),
-    "true": lambda s: s["predicate"]["figures"]["reference"].update(gap_mean=True),
-    "more-than-all": lambda s: s["predicate"]["figures"]["accuracy"].update(k=2000, n=1000),
-    "of-none": lambda s: s["predicate"]["figures"]["accuracy"].update(k=0, n=0),
-    "attempt-zero": lambda s: s["predicate"].update(attempt=0),
-    "attempt-minus": lambda s: s["predicate"].update(attempt=-1),
-    "schema": lambda s: s["predicate"].update(schema="kdguard.certificate/99"),
-    "unknown-key": lambda s: s["predicate"].update(approved=True),
-    "no-subject": lambda s: s.update(subject=[]),
-    "subjects-differ": lambda s: s["subject"][0]["digest"].update(sha256="0" * 64),
-    "predicate-type": lambda s: s.update(predicateType="https://slsa.dev/provenance/v1"),
-    "no-predicate": lambda s: s.pop("predicate") and None,
-    "repeated-key": lambda s: canonical_json(s)[:-1] + b',"predicate":{}}',
-    "spaces": lambda s: json.dumps(s, indent=1, sort_keys=True).encode(),
-    "camel": lambda s: s["predicate"].update(modelName="other"),
-    "date": lambda s: s["predicate"].update(expires="never"),
-    "date-without-zone": lambda s: s["predicate"].update(expires="2099-01-01T00:00:00"),
-    "huge-number": lambda s: s["predicate"]["figures"]["accuracy"].update(k=1, n=10**4000),
-    "not-json": lambda s: b"\xff\xfe",
-}
-
-
-@attack(9, variants=MALFORMED)
-def malformed_payload_by_a_trusted_key(w: World, edit: Any) -> Scene:
-    version = w.blank()
-    w.certify(version, papers.enveloped(_payload(version, edit), w.keys["verifier"]))
-    yield promotion(w, version, "certificate|accuracy")
-
-
-SUBJECTS: dict[str, Any] = {
-    "one-file-left-out": lambda s: s[1:],
-    "one-file-more": lambda s: (*s, Subject(path="extra.bin", sha256=sha256(b""))),
-    "only-the-model": lambda s: tuple(x for x in s if x.path == "model.onnx"),
-    "one-of-another-file": lambda s: (Subject(path=s[0].path, sha256=sha256(b"?")), *s[1:]),
-    "named-twice": lambda s: (*s, s[-1]),
-}
-
-
-@attack(11, variants=SUBJECTS)
-def certified_other_files(w: World, choose: Any) -> Scene:
-    version = w.blank()
-    honest = papers.certificate(version.files)
-    made = papers.certificate(
-        version.files, model_name=version.name, registry=IDENTITY, subjects=choose(honest.subjects)
-    )
-    try:
-        data = papers.payload(made)
-    except Exception:  # our own writer refuses some; a stranger's would not
-        statement = json.loads(papers.payload(honest))
-        statement["subject"] = [
-            {"name": s.path, "digest": {"sha256": s.sha256}} for s in made.subjects
-        ]
-        statement["predicate"] = made.document()
-        data = canonical_json(statement)
-    w.certify(version, papers.enveloped(data, w.keys["verifier"]))
-    yield promotion(w, version, "certif")
-
-
-@attack(15)
-def everything_wrong_at_once(w: World) -> Scene:
-    """Every reason is named, not only the first."""
-    version = w.version(seed=2, certified=False)
-    made = papers.certificate(
-        files(3), model_name="other", registry="https://elsewhere.example",
-        asr=(c.asr(k=800),), **_at(-200, -100),
-    )  # fmt: skip
-    w.certify(version, papers.enveloped(papers.payload(made), w.keys["verifier"]))
-    yield promotion(w, version, "expired", "other", "elsewhere", "model.onnx", "asr")
-
-
-@attack(15)
-def certificate_of_a_deleted_version(w: World) -> Scene:
-    """The number of a deleted version is not free for another file."""
-    good = w.version()
-    envelope = w.certificate(good)
-    body = {"name": good.name, "version": good.number}
-    assert w.call("model-versions/delete", body, method="DELETE").ok
-    bad = w.version(good.name, seed=4, certified=False)
-    w.certify(bad, envelope)
-    yield Attempt(lambda: w.alias(good), status=(404,), logged=None)
-    yield promotion(w, bad, "model.onnx")

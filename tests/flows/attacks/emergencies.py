@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from flows.attacks import papers
+from flows.attacks.settled import IDENTITY
 from flows.attacks.table import Attempt, Scene, attack, promotion
-from flows.attacks.world import IDENTITY, Version, World
+from flows.attacks.world import Version, World
 from mlflow_kdguard import attest
 from mlflow_kdguard.attest import overrides
 from mlflow_kdguard.files import sha256

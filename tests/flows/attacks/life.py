@@ -139,7 +139,7 @@ def take_the_alias_away_and_set_it_anew(w: World) -> Scene:
 @attack(14)
 def promoted_before_is_not_promoted_for_ever(w: World) -> Scene:
     """What was promoted once and then revoked does not come back as a rollback."""
-    from flows.attacks.world import write_yaml
+    from flows.attacks.settled import write_yaml
     from mlflow_kdguard.files import sha256
 
     good = w.champion()

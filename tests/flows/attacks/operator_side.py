@@ -7,8 +7,9 @@ from typing import Any
 import yaml
 
 import certificates as c
+from flows.attacks.settled import POLICY, write_yaml
 from flows.attacks.table import Attempt, Scene, attack, promotion
-from flows.attacks.world import POLICY, World, write_yaml
+from flows.attacks.world import World
 from mlflow_kdguard.files import canonical_json
 
 

@@ -6,13 +6,11 @@ the database, and bytes from the disk.
 
 import contextlib
 import itertools
-import json
 import shutil
-import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -21,19 +19,13 @@ import requests
 import sqlalchemy
 import yaml
 
-import certificates as c
 import toys
 from flows.attacks import papers
-from flows.servers import MlflowServer, serving
+from flows.attacks.settled import IDENTITY, SERVED, write_yaml
+from flows.servers import MlflowServer
 from mlflow_kdguard.attest import signing
 from mlflow_kdguard.files import sha256
 
-IDENTITY = "https://registry.example"
-"""What the operator calls the registry; certificates name it."""
-SERVED = "mlflow-artifacts:/kdguard-content"
-"""Where our app serves the content root."""
-SLOWEST = 5.0
-"""Seconds within which an attempt must be over."""
 ADMIN = ("admin", "correct horse battery staple")
 
 
@@ -296,121 +288,3 @@ class World:
         with self.engine.connect() as connection:
             found = connection.execute(sqlalchemy.text("SELECT * FROM kdguard_log ORDER BY seq"))
             return [dict(row) for row in found.mappings()]
-
-
-def write_yaml(path: Path, value: Any) -> None:
-    """Write a YAML file; a string is written as it is."""
-    path.write_text(value if isinstance(value, str) else yaml.safe_dump(value))
-
-
-POLICY: dict[str, Any] = {
-    "data": {"sha256": [c.TEST.sha256]},
-    "certificate": {"figures_from": "recomputed"},
-}
-"""The operator's policy: pinned data, and figures of a verifier."""
-
-
-def settled(folder: Path, artifacts: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
-    """Write settings, policy, trusted keys and the log's key; returns the settings and all keys."""
-    operator = folder / "operator"
-    keys = {}
-    for name, owner, role in (
-        ("verifier", "Vic", "verifier"),
-        ("second", "Val", "verifier"),
-        ("vic-again", "Vic", "verifier"),
-        ("builder", "Bea", "builder"),
-    ):
-        keys[name] = signing.keygen(folder / "private" / name, owner=owner, role=role, now=EARLY)
-        (operator / "keys").mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / "private" / f"{name}.pub", operator / "keys")
-    keys["stranger"] = signing.keygen(
-        folder / "private" / "stranger", owner="Sly", role="verifier", now=EARLY
-    )
-    signing.keygen(operator / "log.pem", owner="Registry", role="builder")
-    (folder / "content").mkdir()
-    write_yaml(operator / "policy.yaml", POLICY)
-    write_yaml(operator / "revoked.yaml", {"certificates": [], "keys": {}})
-    stated: dict[str, Any] = {
-        "version": 1,
-        "registry": [IDENTITY],
-        "mode": "enforce",
-        "policy": "policy.yaml",
-        "keys": "keys/",
-        "revoked": "revoked.yaml",
-        "allow": [artifacts.as_uri(), "mlflow-artifacts:/"],
-        "log": {"key": "log.pem", "head": str(folder / "log-head.jsonl")},
-    }
-    write_yaml(operator / "server.yaml", stated | changes)
-    return operator / "server.yaml", keys
-
-
-EARLY = papers.now() - papers.days(300)
-
-
-@contextlib.contextmanager
-def gated(
-    folder: Path,
-    database: str,
-    *,
-    app: bool = False,
-    auth: bool = False,
-    guarded: bool = True,
-    workers: int = 2,
-    kind: type[World] = World,
-    options: tuple[str, ...] = (),
-    environment: Mapping[str, str] | None = None,
-    **changes: Any,
-) -> Iterator[World]:
-    """Start a gated server on `database`. `app`: with our app; `auth`: with basic-auth.
-
-    Without `guarded` it is MLflow's own server, to compare with.
-    """
-    content = {"root": (folder / "content").as_uri()} | ({"clients": SERVED} if app else {})
-    registry = ["--registry-store-uri", f"kdguard+{database}"] if guarded else []
-    settings, keys = settled(folder, folder / "artifacts", **{"content": content} | changes)
-    name = ["--app-name", "kdguard"] if app else ["--app-name", "basic-auth"] if auth else []
-    # One hash of a password costs more than a whole promotion: it is remembered for the test.
-    (folder / "auth.ini").write_text(
-        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = sqlite:///{folder / 'auth.db'}\n"
-        f"admin_username = {ADMIN[0]}\nadmin_password = {ADMIN[1]}\nauth_cache_ttl_seconds = 3600\n"
-        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-    )
-    serve = partial(
-        serving,
-        folder,
-        backend=database,
-        options=[
-            *(*registry, "--workers", str(workers)),
-            # On a busy machine uvicorn takes workers that still import for dead, for ever anew.
-            *("--uvicorn-opts", "--timeout-worker-healthcheck 300"),
-            *(*name, *options),
-        ],
-        environment={
-            "KDGUARD_SERVER": str(settings),
-            "KDGUARD_AUTH": "basic" if auth else "none",
-            "MLFLOW_FLASK_SERVER_SECRET_KEY": "not a secret",
-            "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
-            **dict(environment or {}),
-        },
-    )
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(serve())
-        world = kind(server, database, settings, keys, app=app, auth=auth)
-        world.again = lambda: stack.enter_context(serve())
-        yield world
-        world.engine.dispose()
-        world.http.close()
-
-
-def parsed(answer: requests.Response) -> dict[str, Any]:
-    """The JSON of an answer; an empty mapping where it is none."""
-    with contextlib.suppress(json.JSONDecodeError):
-        value = answer.json()
-        return value if isinstance(value, dict) else {}
-    return {}
-
-
-def timed(call: Any) -> tuple[requests.Response, float]:
-    """An answer and the seconds that it took."""
-    begin = time.monotonic()
-    return call(), time.monotonic() - begin
