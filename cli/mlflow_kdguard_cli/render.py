@@ -30,6 +30,11 @@ if not people.is_terminal:
     people = Console(stderr=True, highlight=False, width=100)  # logs and files: 80 is too narrow
 
 
+def counted(number: int, noun: str) -> str:
+    """So many of something: "1 model", "2 models"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def document(value: Mapping[str, Any], as_json: bool) -> None:
     """Print the JSON document where it was asked for."""
     if as_json:

@@ -91,9 +91,12 @@ def _show(found: "Inventory") -> None:
         render.say(f"attention: {_printable(line)}")
     kinds = Counter(version.verdict for version in found.versions)
     told = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    render.say(f"{found.models} models, {len(found.versions)} versions ({told or 'none'})")
+    models = render.counted(found.models, "model")
+    versions = render.counted(len(found.versions), "version")
+    render.say(f"{models}, {versions} ({told or 'none'})")
     certified = sum(version.certificate is not None for version in guarded)
-    render.say(f"{len(guarded)} versions hold a guarded name, {certified} of them certified")
+    holders = render.counted(len(guarded), "version")
+    render.say(f"guarded names are on {holders}, {certified} of them certified")
 
 
 def _more(count: int) -> None:

@@ -183,11 +183,12 @@ def _conclude(report: "SweepReport") -> None:
         render.say(f"log: {log.entries} entries at {log.source}, {verified}")
         for note in log.notes:
             render.say(f"  {note}")
-    looked = f"{len(report.holdings)} guarded names of {report.models} models"
+    names = render.counted(len(report.holdings), "guarded name")
+    looked = f"{names} of {render.counted(report.models, 'model')}"
     if report.clean:
         render.say(f"clean: {looked}")
     else:
-        render.say(f"FOUND {len(report.findings)} faults among {looked}")
+        render.say(f"FOUND {render.counted(len(report.findings), 'fault')} among {looked}")
 
 
 def _row(holding: "Holding", faults: list[str]) -> tuple[str, ...]:
