@@ -31,6 +31,7 @@ import certificates as c
 import dockerfiles as d
 from flows import gates
 from flows.natively import Native, build, writable
+from flows.operators import PINNED, passing, toy_bundle
 from flows.pages import blocks
 from flows.servers import MlflowServer, free_port, kill_group
 from mlflow_kdguard import attest
@@ -142,7 +143,7 @@ def _settings(image: Native, places: dict[str, str]) -> None:
     for file in (path for path in place.iterdir() if path.is_file()):
         file.write_text(_translated(image, places, file.read_text()))
     stated = yaml.safe_load((place / "server.yaml").read_text())
-    (place / "policy.yaml").write_text(yaml.safe_dump(gates.PINNED))
+    (place / "policy.yaml").write_text(yaml.safe_dump(PINNED))
     (place / stated["keys"]).mkdir(exist_ok=True)
     signing.keygen(place / stated["log"]["key"], owner="the server", role="builder")
     os.chown(place / stated["log"]["key"], 10001, 10001)
@@ -247,11 +248,11 @@ def test_its_user_may_write_to_volumes_only(image: Native) -> None:
 def test_a_toy_version_is_refused_and_promoted(composed: Composed) -> None:
     assert composed.health().returncode == 0
     gate = gates.Gate(composed.server, None, composed.client, "")  # type: ignore[arg-type]
-    files = gates.toy_bundle()
+    files = toy_bundle()
     version, _ = gate.registered("toy", files)
     with pytest.raises(MlflowException, match="PERMISSION_DENIED"):
         gate.promote("toy", version)
-    certificate = gates.passing(files, name="toy", registry=composed.server.uri)
+    certificate = passing(files, name="toy", registry=composed.server.uri)
     gate.certify("toy", version, attest.issue(certificate, composed.verifier))
     gate.promote("toy", version)
     assert gate.alias("toy") == version

@@ -72,5 +72,5 @@ def test_guard_and_audit(name: str, tmp_path: Path, request: pytest.FixtureReque
     client = mlflow.MlflowClient(server.uri)
     assert client.get_model_version_by_alias(f"from-{name}", "champion").version == "1"
     assert client.get_model_version(f"from-{name}-naive", "1")
-    states = run_states(server.uri)
+    states = run_states(server.uri, "project-audit", "project-guard")
     assert set(states) == {"FINISHED"}, states

@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException
 
 import mlflow_kdguard
 from flows import gates
+from flows.operators import Operator, toy_bundle
 from flows.pages import ROOT, Block, Shell, blocks
 from flows.servers import free_port, serving
 from requirements import postgres_program
@@ -31,7 +32,7 @@ class Site:
     """A registry in one folder, as the page describes it."""
 
     folder: Path
-    operator: gates.Operator
+    operator: Operator
     database: str
     port: int
     shell: Shell
@@ -82,7 +83,7 @@ def site(
         database = names["DATABASE"].replace("://", "+psycopg2://")
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
-    operator = gates.Operator.install(
+    operator = Operator.install(
         folder / "server",
         uri,
         log={"key": "log.pem", "head": "../heads/log-head.jsonl"},
@@ -115,7 +116,7 @@ def test_the_drill(site: Site) -> None:
         second = gate.certified("digits")
         gate.promote("digits", second)
         with pytest.raises(MlflowException, match="PERMISSION_DENIED"):
-            gate.promote("digits", gate.registered("digits", gates.toy_bundle())[0])
+            gate.promote("digits", gate.registered("digits", toy_bundle())[0])
     newer = site.folder.with_name("newer.jsonl")
     shutil.copy(site.folder / "heads" / "log-head.jsonl", newer)
     shutil.rmtree(site.folder / "content")

@@ -228,12 +228,13 @@ def out_of_date(w: World, limits: Any) -> Scene:
 
 @attack(10)
 def revoked_certificate(w: World) -> Scene:
-    version = w.version()
-    revoked = {"certificates": [sha256(w.certificate(version))], "keys": {}}
+    version = w.version(certified=False)
+    certificate = w.certificate(version)
+    revoked = {"certificates": [sha256(certificate)], "keys": {}}
     with w.operated() as folder:
         write_yaml(folder / "revoked.yaml", revoked)
         w.restate({})
-        w.certify(version)
+        w.certify(version, certificate)
         yield promotion(w, version, "revoked")
 
 
