@@ -5,8 +5,9 @@ import json
 import os
 import stat
 import tempfile
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from mlflow_kdguard.errors import UsageError
 
@@ -86,7 +87,7 @@ def read_bytes(path: Path, *, what: str, at_most: int = LARGEST) -> bytes:
     No more than `at_most` bytes are read: a device such as /dev/zero has no end.
     """
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
             data = _read(file, at_most)
     except OSError as error:
         raise UsageError(
@@ -101,12 +102,21 @@ def read_bytes(path: Path, *, what: str, at_most: int = LARGEST) -> bytes:
     return data
 
 
+def holds(path: str, data: bytes) -> bool:
+    """Whether a file holds exactly these bytes; OSError where it cannot be read."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(handle, len(data) + 1) == data
+    finally:
+        os.close(handle)
+
+
 def _refuse_special(path: Path) -> None:
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise UsageError(f"cannot write {path}: it is no plain file.", remedy="Name a file.")
 
 
-def _read(file: BinaryIO, at_most: int) -> bytes:
+def _read(file: FileIO, at_most: int) -> bytes:
     """All of a file, or the first bytes beyond `at_most` of one that is larger."""
     state = os.fstat(file.fileno())
     if stat.S_ISREG(state.st_mode) and state.st_size <= at_most:

@@ -7,7 +7,7 @@ so that a project can demand more than the server does, and never less.
 
 import unicodedata
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files as package_files
 from pathlib import Path
 from types import MappingProxyType
@@ -62,12 +62,19 @@ def guarded_name(name: str) -> str:
 
     MLflow accepts `châmpion` beside `champion`, and a consumer may ask for either.
     """
+    if name.isascii():  # the same, sooner: there are neither marks nor invisible characters
+        return name.strip().casefold()
     return _bare(_bare(name).casefold())
 
 
 def _bare(name: str) -> str:
     kept = (c for c in unicodedata.normalize("NFKD", name) if unicodedata.category(c)[0] != "M")
     return "".join(c for c in kept if unicodedata.category(c) != "Cf").strip()
+
+
+@lru_cache
+def _guarded_names(names: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(map(guarded_name, names))
 
 
 class Policy(Block):
@@ -90,11 +97,11 @@ class Policy(Block):
 
     def guards_alias(self, alias: str) -> bool:
         """Whether `alias` is guarded, however it is spelled."""
-        return guarded_name(alias) in {guarded_name(name) for name in self.guarded.aliases}
+        return guarded_name(alias) in _guarded_names(self.guarded.aliases)
 
     def guards_stage(self, stage: str) -> bool:
         """Whether `stage` is guarded, however it is spelled."""
-        return guarded_name(stage) in {guarded_name(name) for name in self.guarded.stages}
+        return guarded_name(stage) in _guarded_names(self.guarded.stages)
 
 
 def load(path: Path | None = None) -> Policy:

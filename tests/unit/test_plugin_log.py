@@ -675,10 +675,22 @@ def test_mysql_gets_tables_that_it_can_make_and_a_lock_that_it_takes() -> None:
     assert "FOR UPDATE" in str(sa.select(tables.head).with_for_update().compile(dialect=dialect))
 
 
-def test_the_lock_is_a_write_before_anything_is_read() -> None:
+def test_the_lock_is_taken_before_anything_is_read() -> None:
     """On SQLite a transaction that had read first could not wait for another writer."""
     with opened(KEPT.image) as engine:
         seen: list[str] = []
         sa.event.listen(engine, "before_cursor_execute", lambda *a: seen.append(a[2]))
         write(engine, 1)
-    assert seen[0].startswith("UPDATE kdguard_head")
+    assert seen[0] == "BEGIN IMMEDIATE"
+
+
+def test_the_lock_keeps_others_out(tmp_path: Path) -> None:
+    engine = sa.create_engine(f"sqlite:///{tmp_path / 'log.db'}")
+    log.prepare(engine)
+    with engine.begin() as one, engine.connect() as other:
+        log.hold(one)
+        log.hold(one)  # for nothing
+        other.exec_driver_sql("PRAGMA busy_timeout = 0")
+        with pytest.raises(sa.exc.OperationalError, match="locked"):
+            log.hold(other)
+    engine.dispose()

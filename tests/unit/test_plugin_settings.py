@@ -124,6 +124,24 @@ def test_a_change_that_keeps_size_and_time_is_seen(folder: Path) -> None:
     assert settings.current().version == 4
 
 
+def test_every_file_that_was_read_is_looked_at(folder: Path) -> None:
+    (folder / "model.yaml").write_text("policy: {asr: {upper_at_most: 0.01}}\n")
+    (folder / "floor.yaml").write_text("policy: {}\n")
+    (folder / "revoked.yaml").write_text("{certificates: []}\n")
+    named_ = {"models": {"m": "model.yaml"}, "policy": "floor.yaml", "revoked": "revoked.yaml"}
+    settings = Settings.load(_write(folder, **named_))
+    assert settings.current() is settings
+    assert settings.places.keys() == settings.sources.keys()
+    assert len(settings.places) == 7
+    for place in map(Path, settings.places.values()):
+        kept = place.read_bytes()
+        for other in (kept + b"\n", kept[:-1]):
+            place.write_bytes(other)
+            assert settings.current() is not settings, place
+        place.write_bytes(kept)
+    assert settings.current() is settings
+
+
 def test_what_can_no_longer_be_read_is_an_error_not_the_last_answer(folder: Path) -> None:
     settings = Settings.load(folder / "server.yaml")
     (folder / "keys" / "vic.pub").write_text("{}")

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
-from sqlalchemy import RowMapping, insert, select, update
+from sqlalchemy import Connection, RowMapping, insert, select, update
+from sqlalchemy.orm import Session
 
 from mlflow_kdguard.attest.signing import Signer, Verifier
 from mlflow_kdguard.errors import RegistryError
@@ -34,6 +35,7 @@ What is cut stands there by its digest."""
 _MOST = 100
 """Reasons of one entry."""
 _PAGE = 1_000
+_TAKEN = update(tables.head).where(tables.head.c.id == 1).values(seq=tables.head.c.seq)
 _RESUME = (
     "Keep the .pub of the log's former key among the trusted keys. If there is none, or it is "
     "compromised, run `kdguard server log verify`, then `kdguard server log resume`."
@@ -92,17 +94,30 @@ class Entry:
     head: Head
 
 
-def lock(session: Database) -> Head:
-    """Take the log's lock until the transaction ends, and read the head.
+def hold(session: Database) -> None:
+    """Take the log's lock until the transaction ends; taking it again is free.
 
-    It must be the transaction's first statement: see this module's text. Taking it again is free.
-    Raises RegistryError where there is no head.
+    It must be the transaction's first statement: see this module's text.
     """
-    taken = update(tables.head).where(tables.head.c.id == 1).values(seq=tables.head.c.seq)
-    session.execute(taken)
+    connection = session.connection() if isinstance(session, Session) else session
+    if connection.dialect.name == "sqlite" and not _begun(connection):
+        # What SQLite itself has for this: a write would cost a page of the journal, too.
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    else:
+        connection.execute(_TAKEN)
+
+
+def lock(session: Database) -> Head:
+    """The same, and read the head; RegistryError where there is none."""
+    hold(session)
     # FOR UPDATE: MySQL's plain SELECT would read what stood there when the transaction began.
     found = session.execute(select(tables.head).with_for_update()).mappings().all()
     return _the_head(found)
+
+
+def _begun(connection: Connection) -> bool:
+    driver: Any = connection.connection.dbapi_connection
+    return bool(driver.in_transaction)
 
 
 def append(

@@ -1,5 +1,6 @@
 """The keys that a server believes: a folder of records, less what was revoked."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,21 @@ class Keys:
 def files(folder: Path) -> dict[str, bytes]:
     """The key records (`*.pub`) of a folder by name; ConfigError where it cannot be read."""
     try:
-        paths = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIX))
+        found = sorted(names(folder))
     except OSError as error:
         raise ConfigError(
             f"cannot read the folder of keys {folder}: {error.strerror or error}.",
             remedy="Name the folder that holds the trusted .pub records (keys:).",
         ) from error
-    return {path.name: read_bytes(path, what="the key record", at_most=_LARGEST) for path in paths}
+    return {
+        name: read_bytes(folder / name, what="the key record", at_most=_LARGEST) for name in found
+    }
+
+
+def names(folder: Path) -> set[str]:
+    """The names of a folder's key records; OSError where it cannot be read."""
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if entry.name.endswith(SUFFIX)}
 
 
 def trusted(records: Mapping[str, bytes], revoked: bytes | None, *, where: str) -> Keys:

@@ -6,7 +6,7 @@ refuses guarded changes where it is running already.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from mlflow_kdguard import plain_yaml
 from mlflow_kdguard.attest import Signer, Verifier
 from mlflow_kdguard.config import explain
 from mlflow_kdguard.errors import ConfigError, UsageError
-from mlflow_kdguard.files import digest_json, read_bytes, sha256
+from mlflow_kdguard.files import digest_json, holds, read_bytes, sha256
 from mlflow_kdguard.plugin.server import keys
 from mlflow_kdguard.plugin.server.keys import Keys
 from mlflow_kdguard.plugin.server.places import Place
@@ -125,6 +125,7 @@ class Settings:
     keys: Keys
     signer: Signer
     sources: Mapping[str, bytes]
+    places: Mapping[str, str]
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -135,11 +136,26 @@ class Settings:
 
     def current(self) -> "Settings":
         """These settings where no byte of them has changed since, else new ones."""
+        if self._unchanged():
+            return self
         data = _read(self.path, "the settings")
         same = data == self.sources["settings"]
         stated = self.stated if same else _stated(data, str(self.path))
         sources = _sources(self.path, data, stated)
         return self if sources == self.sources else self._parsed(self.path, stated, sources)
+
+    def _unchanged(self) -> bool:
+        """Whether every file holds the bytes that were read; False where one cannot be read.
+
+        It stands before most calls of the registry, so it opens files and does no more.
+        """
+        listed = {role[5:] for role in self.sources if role.startswith("keys/")}
+        try:
+            return keys.names(self.path.parent / self.stated.keys) == listed and all(
+                holds(self.places[role], data) for role, data in self.sources.items()
+            )
+        except OSError:
+            return False
 
     @classmethod
     def _parsed(cls, path: Path, stated: Stated, sources: dict[str, bytes]) -> Self:
@@ -160,6 +176,7 @@ class Settings:
             keys.trusted(records, sources.get("revoked"), where=stated.keys),
             Signer.load(path.parent / stated.log.key),
             MappingProxyType(sources),
+            MappingProxyType({role: str(place) for role, place in _places(path, stated, sources)}),
         )
 
     def policy_for(self, model: str) -> Policy:
@@ -211,16 +228,36 @@ def named() -> Path:
 
 def _sources(path: Path, data: bytes, stated: Stated) -> dict[str, bytes]:
     """Every file that the settings consist of, by role."""
-    sources, folder = {"settings": data}, path.parent
-    if stated.policy:
-        sources["policy"] = _read(folder / stated.policy, "the policy")
-    for name, file in stated.models.items():
-        sources[f"models/{name}"] = _read(folder / file, "the policy")
-    sources |= {f"keys/{name}": data for name, data in keys.files(folder / stated.keys).items()}
-    if stated.revoked:
-        sources["revoked"] = _read(folder / stated.revoked, "the list of revocations")
-    sources["log/key"] = _read(folder / stated.log.key, "the log's key")
+    records = keys.files(path.parent / stated.keys)
+    sources = {"settings": data} | {f"keys/{name}": data for name, data in records.items()}
+    for role, place in _places(path, stated, tuple(sources)):
+        if role not in sources:
+            sources[role] = _read(place, _WHAT[role.partition("/")[0]])
     return sources
+
+
+def _places(path: Path, stated: Stated, roles: Iterable[str]) -> Iterator[tuple[str, Path]]:
+    """Where each of these files lies, and each that the settings name, by role."""
+    folder = path.parent
+    yield "settings", path
+    if stated.policy:
+        yield "policy", folder / stated.policy
+    for name, file in stated.models.items():
+        yield f"models/{name}", folder / file
+    for role in roles:
+        if role.startswith("keys/"):
+            yield role, folder / stated.keys / role[5:]
+    if stated.revoked:
+        yield "revoked", folder / stated.revoked
+    yield "log/key", folder / stated.log.key
+
+
+_WHAT = {
+    "policy": "the policy",
+    "models": "the policy",
+    "revoked": "the list of revocations",
+    "log": "the log's key",
+}
 
 
 def _read(path: Path, what: str) -> bytes:

@@ -12,7 +12,7 @@ from mlflow.store.model_registry.dbmodels.models import (
     SqlRegisteredModelAlias,
     SqlRegisteredModelTag,
 )
-from sqlalchemy import select
+from sqlalchemy import bindparam, literal, select, union_all
 
 from mlflow_kdguard.plugin.log import tables
 from mlflow_kdguard.plugin.server.judge import VersionFacts
@@ -21,7 +21,20 @@ from mlflow_kdguard.policy import Policy
 PROMOTIONS = ("promote", "stage")
 """Actions of the log's entries about a version that was given an alias or a stage."""
 
-_STAGES: list[Any] = ALL_STAGES
+
+def _all_held() -> Any:
+    """Every alias, and versions in `stages`: one statement, since it runs before many a call."""
+    parts = []
+    for table, column in ((SqlRegisteredModelAlias, "alias"), (SqlModelVersion, "current_stage")):
+        c: Any = table.__table__.c
+        of = (c.workspace == bindparam("workspace"), c.name == bindparam("name"))
+        parts.append(select(c[column], c.version, literal(column)).where(*of))
+    stage: Any = SqlModelVersion.current_stage
+    return union_all(parts[0], parts[1].where(stage.in_(bindparam("stages", expanding=True))))
+
+
+_STAGES: list[str] = list(ALL_STAGES)
+_HELD = _all_held()
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +44,7 @@ class Held:
     name: str
     version: str
     prompt: bool
+    staged: bool
 
     def __str__(self) -> str:
         return f"{self.name} (version {self.version})"
@@ -59,17 +73,13 @@ class Rows:
 
     def held(self, name: str, policy: Policy) -> Iterator[Held]:
         """The guarded names that versions of a model carry."""
-        alias: Any = SqlRegisteredModelAlias
-        pairs: Any = select(alias.alias, alias.version).where(*self._of(alias, name))
-        found = [(str(a), int(v)) for a, v in self.session.execute(pairs) if policy.guards_alias(a)]
-        version: Any = SqlModelVersion
-        if guarded := [str(stage) for stage in _STAGES if policy.guards_stage(stage)]:
-            staged: Any = select(version.current_stage, version.version).where(
-                *self._of(version, name), version.current_stage.in_(guarded)
-            )
-            found += [(str(stage), int(v)) for stage, v in self.session.execute(staged)]
-        for stated, number in found:
-            yield Held(stated, str(number), self.is_prompt(name, number))
+        stages = [stage for stage in _STAGES if policy.guards_stage(stage)]
+        asked = {"workspace": self.workspace, "name": name, "stages": stages}
+        rows = self.session.connection().execute(_HELD, asked).all()
+        for stated, version, column in rows:
+            held, staged = str(stated), column != "alias"
+            if staged or policy.guards_alias(held):
+                yield Held(held, str(int(version)), self.is_prompt(name, int(version)), staged)
 
     def is_prompt(self, name: str, version: int) -> bool:
         """Whether a version is a prompt's: marked as such, and without any artifact."""

@@ -116,12 +116,13 @@ class GateMixin(_Store):  # type: ignore[misc]
         policy = self.gate.known().policy_for(name)
         if policy.guards_stage(stage):
             return self.gate.promote(name, version, canonical(stage), "stage", act)
+        workspace = self._get_active_workspace()
         with self.gate.transactions.locked(f"stage {stage!r} for {name!r}") as session:
-            row = self._get_sql_model_version(session, name, version)
-            left, number = str(row.current_stage), str(row.version)
-            if not policy.guards_stage(left):
+            held = Rows(session, workspace).held(name, policy)
+            left = [item for item in held if item.staged and _concerns(item, version)]
+            if not left:
                 return act()
-        asked = Asked(name, number, self._get_active_workspace(), left, "demote")
+        asked = Asked(name, left[0].version, workspace, left[0].name, "demote")
         with self.gate.transactions.logged(str(asked), self.gate.fresh(str(asked))) as written:
             written.append(asked.event("demote", "allowed", reasons=(f"to {stage}",)))
             return act()

@@ -86,7 +86,7 @@ class Transactions:
             self._local.session = session
             try:
                 with refusing(what):
-                    log.lock(session)
+                    log.hold(session)
                     yield session
             finally:
                 self._local.session = None
