@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 from mlflow.entities.model_registry.model_version_stages import ALL_STAGES
@@ -12,7 +14,8 @@ from mlflow.store.model_registry.dbmodels.models import (
     SqlRegisteredModelAlias,
     SqlRegisteredModelTag,
 )
-from sqlalchemy import bindparam, literal, select, union_all
+from sqlalchemy import Connection, Dialect, bindparam, literal_column, or_, select, union_all
+from sqlalchemy.sql.compiler import SQLCompiler
 
 from mlflow_kdguard.plugin.log import tables
 from mlflow_kdguard.plugin.server.judge import VersionFacts
@@ -22,19 +25,37 @@ PROMOTIONS = ("promote", "stage")
 """Actions of the log's entries about a version that was given an alias or a stage."""
 
 
-def _all_held() -> Any:
-    """Every alias, and versions in `stages`: one statement, since it runs before many a call."""
+_STAGES: tuple[str, ...] = tuple(map(str, ALL_STAGES))
+
+
+@cache
+def _all_held(dialect: Dialect) -> SQLCompiler:
+    """Every alias, and versions in any of as many stages as there are, as one statement.
+
+    It runs before many a call, so that it is compiled once, and executed as it is.
+    """
     parts = []
     for table, column in ((SqlRegisteredModelAlias, "alias"), (SqlModelVersion, "current_stage")):
         c: Any = table.__table__.c
         of = (c.workspace == bindparam("workspace"), c.name == bindparam("name"))
-        parts.append(select(c[column], c.version, literal(column)).where(*of))
+        parts.append(select(c[column], c.version, literal_column(f"'{column}'")).where(*of))
     stage: Any = SqlModelVersion.current_stage
-    return union_all(parts[0], parts[1].where(stage.in_(bindparam("stages", expanding=True))))
+    stages = [stage == bindparam(f"stage{number}") for number in range(len(_STAGES))]
+    compiled = union_all(parts[0], parts[1].where(or_(*stages))).compile(dialect=dialect)
+    assert isinstance(compiled, SQLCompiler)
+    return compiled
 
 
-_STAGES: list[str] = list(ALL_STAGES)
-_HELD = _all_held()
+def _execute_held(connection: Connection, workspace: str, name: str, stages: list[str]) -> Any:
+    statement = _all_held(connection.dialect)
+    # No stage is called "": what is not asked for matches nothing.
+    asked = {
+        f"stage{n}": stage for n, stage in zip_longest(range(len(_STAGES)), stages, fillvalue="")
+    }
+    values = statement.construct_params({"workspace": workspace, "name": name, **asked})
+    order = statement.positiontup if statement.positional else None
+    given: Any = values if order is None else tuple(values[key] for key in order)
+    return connection.exec_driver_sql(statement.string, given).all()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +95,7 @@ class Rows:
     def held(self, name: str, policy: Policy) -> Iterator[Held]:
         """The guarded names that versions of a model carry."""
         stages = [stage for stage in _STAGES if policy.guards_stage(stage)]
-        asked = {"workspace": self.workspace, "name": name, "stages": stages}
-        rows = self.session.connection().execute(_HELD, asked).all()
+        rows = _execute_held(self.session.connection(), self.workspace, name, stages)
         for stated, version, column in rows:
             held, staged = str(stated), column != "alias"
             if staged or policy.guards_alias(held):
