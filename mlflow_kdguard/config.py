@@ -39,9 +39,7 @@ class RunSection(Section):
 class DataSection(Section):
     """Images, by URI (`docs/reference/data.md`)."""
 
-    transfer: str = Field(
-        "mnist5k#train[:3500]", description="images that the student is distilled on"
-    )
+    transfer: str = Field("mnist5k#train[:3500]", description="images to distil the student on")
     clean: str = Field("mnist5k#train[3500:]", description="small, trusted, labelled set")
     test: str = Field("mnist5k#test", description="held-out labelled images for every figure")
     root: str | None = Field(None, description="folder of torchvision data sets")
@@ -166,7 +164,8 @@ class MeasureSection(Section):
 class CertifySection(Section):
     """The bounds that are asked for."""
 
-    method: str = Field("auto", description="bound table row; auto takes the tightest built in")
+    method: str = Field("auto", description="row of the bound table; auto is crown")
+    nodes: int = Field(400, ge=1, description="nodes an image at most, where a bound branches")
     norm: Literal["linf", "l2"] = Field("linf", description="norm of the ball")
     eps: Positive = Field(0.01, description="radius of the ball, in pixels")
     delta: Positive = Field(0.2, le=1, description="largest gap that counts as faithful")

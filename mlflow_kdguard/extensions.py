@@ -36,6 +36,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "bound": {
         "interval": "mlflow_kdguard.certify.relax:interval",
         "crown": "mlflow_kdguard.certify.relax:crown",
+        "branch": "mlflow_kdguard.certify.relax:branch",
     },
 }
 

@@ -148,7 +148,7 @@ def _judge(
         )
         if question.config.classes == "top":
             top = torch.from_numpy(confidences.argmax(1)).to(place)
-        found = bound(pair.joint, ball, top)
+        found = bound(pair.joint, ball, top, question.config.nodes)
         lower = _witness(pair, ball, top, first=part[0], question=question, found=found)
         upper, nodes = found.upper.cpu().numpy(), found.nodes
         _check_sound(part, lower, upper, question.method)

@@ -7,7 +7,7 @@ the ball is taken.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -23,6 +23,8 @@ from mlflow_kdguard.certify.rounding import TINY, gamma, up
 Seed = tuple[Index, Form]
 """A functional of one operation's value."""
 
+_FEW = 64
+"""Images up to which products with all of them cost less than a copy of its own for every row."""
 CHUNK_BYTES = 8 << 20
 """Bytes that the widest layer may take for all rows of one pass."""
 
@@ -33,6 +35,10 @@ class Relaxed:
 
     boxes: bounds of each operation's value; scales: B numbers for each operation that its rounding
     errors are proportional to (largest Σ|W||x| + |b|); lines: around each bent operation.
+    For a search: `pushes`, non-negative multipliers times the sign that a switch is known to have
+    (β-CROWN, arXiv 2103.06624), and `trace`, which receives the coefficients of each bent
+    operation's value. Both need functionals that are written out. `each`: where every row has
+    lines and pushes of its own, their numbers (int64 N).
     """
 
     joint: Joint
@@ -40,6 +46,9 @@ class Relaxed:
     boxes: list[ops.Box]
     scales: list[Tensor]
     lines: dict[Index, Lines]
+    pushes: dict[Index, Tensor] = field(default_factory=dict)
+    trace: dict[Index, Tensor] | None = None
+    each: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,8 +65,11 @@ class Plane:
     def highest(self, ball: Ball) -> Tensor:
         """Upper bound of the plane on each row's ball: N."""
         form, image = self.form, self.image
-        best = inner(form.coef.clamp(min=0.0), form.read(ball.hi, image))
-        best = best + inner(form.coef.clamp(max=0.0), form.read(ball.lo, image))
+        rises, falls = form.coef.clamp(min=0.0), form.coef.clamp(max=0.0)
+        if form.places is None and len(ball.centre) <= _FEW:
+            best = _of_image(rises, ball.hi, image) + _of_image(falls, ball.lo, image)
+        else:
+            best = inner(rises, form.read(ball.hi, image)) + inner(falls, form.read(ball.lo, image))
         if ball.norm == "l2":
             known = clean(form, tuple(ball.centre.shape[1:])).coef
             length = torch.linalg.vector_norm(known.flatten(1), dim=1)
@@ -68,6 +80,11 @@ class Plane:
         """The point of each row's box at which the plane is highest: N×C×H×W."""
         coef = dense(self.form, tuple(ball.centre.shape[1:])).coef
         return torch.where(coef > 0.0, ball.hi[self.image], ball.lo[self.image])
+
+
+def _of_image(coef: Tensor, maps: Tensor, image: Tensor) -> Tensor:
+    """Row-wise inner products with each row's image: one matrix product with all of them."""
+    return (coef.flatten(1) @ maps.flatten(1).T).gather(1, image[:, None])[:, 0]
 
 
 def backward(relaxed: Relaxed, seeds: Sequence[Seed], image: Tensor) -> Plane:
@@ -114,16 +131,25 @@ def _pull(
     if isinstance(op, ops.Linear):
         offset = op.offset
         return op.pull(form), nothing if offset is None else form.dot(offset, image)
-    lines = relaxed.lines[index]
     if isinstance(op, ops.Extreme):
         side = 1.0 if op.largest else -1.0
         form = clean(form, op.shape)
-        switch, constant = lines.pull(form.with_coef(side * form.coef), image)
+        switch, constant = _bend(relaxed, index, form.with_coef(side * form.coef), image)
         bent = form.with_coef(side * switch.coef)
         rest = form.with_coef(form.coef - bent.coef)
         return ((bent, rest) if op.largest else (rest, bent)), constant
-    bent, constant = lines.pull(form, image)
+    bent, constant = _bend(relaxed, index, form, image)
     return (bent,), constant
+
+
+def _bend(relaxed: Relaxed, index: Index, form: Form, image: Tensor) -> tuple[Form, Tensor]:
+    """A functional of a switch function's value as one of the switch, and the constant part."""
+    if relaxed.trace is not None:
+        relaxed.trace[index] = form.coef.detach()
+    which = image if relaxed.each is None else relaxed.each
+    bent, constant = relaxed.lines[index].pull(form, which)
+    push = relaxed.pushes.get(index)
+    return (bent if push is None else bent.with_coef(bent.coef + push)), constant
 
 
 def highest(relaxed: Relaxed, image: Tensor, seeds: Callable[[slice], Sequence[Seed]]) -> Tensor:

@@ -37,6 +37,51 @@ class Margins:
         return Margins(torch.cat((self.lo, other.lo)), torch.cat((self.hi, other.hi)))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Band:
+    """Interval of the log-odds t = -LSE(margins) of a confidence: lo, hi, N each.
+
+    A half of a band is one interval more on a sum of exponentials, so that a split of the output
+    costs one dimension, whatever the number of classes.
+    """
+
+    lo: Tensor
+    hi: Tensor
+
+    @classmethod
+    def of(cls, box: Margins) -> "Band":
+        """What the box of the margins says."""
+        return cls(-torch.logsumexp(box.hi, -1) - _RELAXED, -torch.logsumexp(box.lo, -1) + _RELAXED)
+
+    @property
+    def middle(self) -> Tensor:
+        """Where a band is halved."""
+        return (self.lo + self.hi) / 2
+
+    def masses(self) -> tuple[Tensor, Tensor]:
+        """Least and largest sum of exponentials, relaxed outwards: N each."""
+        return _exp(-self.hi) * (1.0 - _RELAXED), _exp(-self.lo) * (1.0 + _RELAXED)
+
+
+_RELAXED = 1e-9
+"""How far ends of bands are moved outwards: far more than their exponentials can be wrong."""
+
+
+def tightened(box: Margins, band: Band) -> tuple[Margins, Band]:
+    """Box and band, each cut to what the other leaves of it (both stay relaxed outwards)."""
+    least, most = band.masses()
+    # Sums over the other classes: a difference of sums would lose what is small beside the rest.
+    others = 1.0 - torch.eye(box.lo.shape[-1], dtype=box.lo.dtype, device=box.lo.device)
+    room = most[:, None] - (_exp(box.lo) @ others) * (1.0 - _RELAXED)
+    need = least[:, None] - (_exp(box.hi) @ others) * (1.0 + _RELAXED)
+    cut = Margins(
+        torch.maximum(box.lo, need.clamp(min=0.0).log() - _RELAXED),
+        torch.minimum(box.hi, room.clamp(min=0.0).log() + _RELAXED),
+    )
+    own = Band.of(Margins(torch.minimum(cut.lo, cut.hi), torch.maximum(cut.lo, cut.hi)))
+    return cut, Band(torch.maximum(band.lo, own.lo), torch.minimum(band.hi, own.hi))
+
+
 def probability(margins: Tensor) -> Tensor:
     """p = 1 / (1 + Σ exp a_j) over the last axis."""
     return torch.sigmoid(-torch.logsumexp(margins, -1))
@@ -61,33 +106,46 @@ class Upper:
     constant: Tensor
 
 
-def upper_plane(box: Margins, at: Tensor, slope: Tensor) -> Upper:
+def upper_plane(box: Margins, at: Tensor, slope: Tensor, band: Band | None = None) -> Upper:
     """Tangent of log-sum-exp at margins `at` (N×m), then a line of `slope` in (0, 1/4] (N).
 
     LSE is convex, so t = -(tangent) >= -LSE; p <= sigmoid(t) <= slope t + c on t's interval, and
-    c is the exact supremum: at an end or where sigmoid' = slope on the concave side.
+    c is the exact supremum: at an end or where sigmoid' = slope on the concave side. With a `band`
+    p is at most its end, and t at least its beginning; c is -inf where nothing is left.
     """
     share = torch.softmax(at, -1)
     base = torch.logsumexp(at, -1) - (share * at).sum(-1)
     t_lo = -(base + (share * box.hi).sum(-1))
     t_hi = -(base + (share * box.lo).sum(-1))
     root = (1.0 - 4.0 * slope).clamp(min=0.0).sqrt()
-    turn = torch.log((1.0 + root) ** 2 / (4.0 * slope)).clamp(t_lo, t_hi).detach()
+    turn = torch.log((1.0 + root) ** 2 / (4.0 * slope))
+    if band is None:
+        points = torch.stack((t_lo, t_hi, turn.clamp(t_lo, t_hi).detach()), -1)
+        best = (torch.sigmoid(points) - slope[..., None] * points).amax(-1)
+        return Upper(-slope[..., None] * share, best - slope * base)
+    t_lo, cap = torch.maximum(t_lo, band.lo - _RELAXED), band.hi + _RELAXED
+    empty = (t_lo > t_hi + _RELAXED).detach()
+    turn = torch.minimum(torch.maximum(torch.minimum(turn, cap), t_lo), t_hi).detach()
     points = torch.stack((t_lo, t_hi, turn), -1)
-    best = (torch.sigmoid(points) - slope[..., None] * points).amax(-1)
+    reached = torch.minimum(torch.sigmoid(points), torch.sigmoid(cap)[..., None])
+    best = (reached - slope[..., None] * points).amax(-1).masked_fill(empty, -torch.inf)
     return Upper(-slope[..., None] * share, best - slope * base)
 
 
-def lower_constant(box: Margins, weights: Tensor) -> Tensor:
+def lower_constant(box: Margins, weights: Tensor, band: Band | None = None) -> Tensor:
     """sup of -p(b) - μ·b over the box, for μ = `weights` >= 0 (N×m): N, differentiable in μ.
 
     In one coordinate -p is convex while that class has probability below 1/2, and at most one
     class can have more; so all coordinates but one are at ends of the box, and that one is at an
     end or where the derivative vanishes on the concave side. Ends are enumerated for the classes
     with the largest exp(hi); the rest enters through the tangent of the concave -1/(1+s).
+
+    A `band` limits the sum of the exponentials. For a fixed sum, -μ·b is convex in the
+    exponentials, so that ends of all coordinates but one are still enough; -inf where nothing is
+    left.
     """
     with torch.no_grad():
-        best = _worst_point(box, weights.detach())
+        best = _worst_point(box, weights.detach(), band)
     fixed = best.value + (weights.detach() * best.at).sum(-1)
     return fixed - (weights * best.at).sum(-1)
 
@@ -98,7 +156,7 @@ class _Point:
     at: Tensor
 
 
-def _worst_point(box: Margins, weights: Tensor) -> _Point:
+def _worst_point(box: Margins, weights: Tensor, band: Band | None) -> _Point:
     order = box.hi.argsort(-1, descending=True)
     lo, hi, mu = (value.gather(-1, order) for value in (box.lo, box.hi, weights))
     top = min(lo.shape[-1], _CORNERS)
@@ -108,15 +166,24 @@ def _worst_point(box: Margins, weights: Tensor) -> _Point:
     free = torch.arange(len(corners), device=lo.device) // (len(corners) // top)
     pick = free[None, :, None].expand(len(lo), -1, 1)
     held = ends.scatter(-1, pick, -torch.inf)
-    c = 1.0 + _exp(held).sum(-1) + _exp(lo[:, top:]).sum(-1, keepdim=True)
-    c = c.clamp(max=_HUGE)
-    mu_free = mu[:, free]
+    others = _exp(held).sum(-1)
+    least_rest = _exp(lo[:, top:]).sum(-1, keepdim=True)
+    c = (1.0 + others + least_rest).clamp(max=_HUGE)
+    mu_free, low_end, high_end = mu[:, free], lo[:, free], hi[:, free]
+    if band is not None:
+        least, most = band.masses()
+        need = least[:, None] - others - _exp(hi[:, top:]).sum(-1, keepdim=True)
+        low_end = torch.maximum(low_end, need.clamp(min=0.0).log())
+        room = most[:, None] - others - least_rest
+        high_end = torch.minimum(high_end, room.clamp(min=0.0).log())
+    empty = low_end > high_end + _RELAXED
     q = (1.0 + (1.0 - 4.0 * c * mu_free).clamp(min=0.0).sqrt()) / 2.0
     turn = c.log() + (q * q / (c * mu_free).clamp(min=1.0 / _HUGE)).log()
-    turn = torch.minimum(torch.maximum(turn, lo[:, free]), hi[:, free])
-    b = torch.stack((lo[:, free], hi[:, free], turn))
+    high_end = torch.maximum(low_end, high_end)
+    turn = torch.minimum(torch.maximum(turn, low_end), high_end)
+    b = torch.stack((low_end, high_end, turn))
     linear = (mu[:, None, :top] * ends.scatter(-1, pick, 0.0)).sum(-1)
-    values = -1.0 / (c + _exp(b)) - mu_free * b - linear
+    values = (-1.0 / (c + _exp(b)) - mu_free * b - linear).masked_fill(empty, -torch.inf)
     value, which = values.transpose(0, 1).flatten(1).max(-1)
     rows = torch.arange(len(lo), device=lo.device)
     edge = which % len(corners)

@@ -62,11 +62,35 @@ def by_boxes(relaxed: Relaxed, items: Items) -> Found:
     gap = torch.maximum(
         confidence.interval_gap(student, reference), confidence.interval_gap(reference, student)
     )
-    return Found(_sound(gap, relaxed), reference, student)
+    return Found(sound(gap, relaxed), reference, student)
 
 
 def by_planes(relaxed: Relaxed, items: Items) -> Found:
     """The least of three bounds in each direction: joint planes, linked log-odds, boxes."""
+    start = directions(relaxed, items)
+    upper, which = start.upper.view(2, -1).max(0)
+    worst = start.worst.view(2, len(upper), *relaxed.joint.input_shape)
+    worst = worst[which, torch.arange(len(upper), device=upper.device)]
+    return Found(sound(upper, relaxed), start.reference, start.student, worst)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Directions:
+    """Both directions of N items (2N rows, first the student's), with what is known of each.
+
+    `upper` (2N) before `_sound`; `parameters`: multipliers to go on from.
+    """
+
+    rows: split.Rows
+    parameters: split.Parameters
+    upper: Tensor
+    worst: Tensor
+    reference: Margins
+    student: Margins
+
+
+def directions(relaxed: Relaxed, items: Items, *, refining: bool = True) -> Directions:
+    """Margins, multipliers and bounds of both directions; `refining` halves boxes as well."""
     joint = relaxed.joint
     reference = margins.planes(relaxed, items, (joint.reference,))
     student = margins.planes(relaxed, items, (joint.student,))
@@ -90,15 +114,14 @@ def by_planes(relaxed: Relaxed, items: Items) -> Found:
         confidence.interval_gap(rows.high, rows.low),
         confidence.linked_gap(rows.high, rows.low, rows.difference),
     )
-    upper, worst = _joined(relaxed, rows, plain)
-    upper, which = upper.view(2, -1).max(0)
-    worst = worst.view(2, len(upper), *joint.input_shape)
-    worst = worst[which, torch.arange(len(upper), device=upper.device)]
-    return Found(_sound(upper, relaxed), own_reference, own_student, worst)
+    parameters, upper, worst = _joined(relaxed, rows, plain, refining)
+    return Directions(rows, parameters, upper, worst, own_reference, own_student)
 
 
-def _joined(relaxed: Relaxed, rows: split.Rows, plain: Tensor) -> tuple[Tensor, Tensor]:
-    """The least of `plain` and the split bounds (N), and where the split's plane is highest."""
+def _joined(
+    relaxed: Relaxed, rows: split.Rows, plain: Tensor, refining: bool
+) -> tuple[split.Parameters, Tensor, Tensor]:
+    """Multipliers, the least of `plain` and split bounds (N), and where its plane is highest."""
     best = torch.where(plain.isnan(), 1.0, plain)
     worst = relaxed.ball.centre[rows.items.image]
     parameters = split.search(rows, relaxed.ball)
@@ -107,16 +130,16 @@ def _joined(relaxed: Relaxed, rows: split.Rows, plain: Tensor) -> tuple[Tensor, 
         worst = torch.where((bound < best).view(-1, 1, 1, 1), plane.corner(relaxed.ball), worst)
         best = torch.where(bound < best, bound, best)
     which = (best > refine.SMALL).nonzero()[:, 0]
-    if len(which):
+    if refining and len(which):
         begin = [value[which] for value in parameters]
         bound, corner = refine.refined(relaxed, rows.take(which), begin)
         closer = bound < best[which]
         worst[which[closer]] = corner[closer]
         best[which[closer]] = bound[closer]
-    return best, worst
+    return parameters, best, worst
 
 
-def _sound(gap: Tensor, relaxed: Relaxed) -> Tensor:
+def sound(gap: Tensor, relaxed: Relaxed) -> Tensor:
     """Add the error of the exponentials; a bound that is not a number below 1 is 1."""
     raised = gap.clamp(min=0.0) + 4.0 * gamma(64 + 8 * relaxed.joint.classes)
     return torch.where(raised < 1.0, raised, 1.0)

@@ -25,17 +25,20 @@ class Lines:
     lower_slope: Tensor
     lower_shift: Tensor | None
     """None where it is zero everywhere."""
+    identity: bool = False
+    """Whether f(z) = z on every interval: nothing to do on the way back."""
 
     def rows(self, image: Tensor) -> "Lines":
         """The lines of the images at `image` (int64 N), one a row: N×shape."""
         shift = None if self.lower_shift is None else self.lower_shift[image]
-        return Lines(
-            self.upper_slope[image], self.upper_shift[image], self.lower_slope[image], shift
-        )
+        above, below = self.upper_slope[image], self.lower_slope[image]
+        return Lines(above, self.upper_shift[image], below, shift, self.identity)
 
     def pull(self, form: Form, image: Tensor) -> tuple[Form, Tensor]:
         """A functional of f(z), maximised: functional of z, and the constant (N)."""
         v = form.coef
+        if self.identity:
+            return form, v.new_zeros(len(v))
         positive = v.clamp(min=0.0)
         shift = inner(positive, form.read(self.upper_shift, image))
         if self.lower_shift is not None:
@@ -64,7 +67,7 @@ def around(switch: Box, low: float, high: float) -> Lines:
     lower_shift = None
     if low != 0.0 or high != float("inf"):
         lower_shift = -_intercepts(points, below, low, high, -1.0)
-    return Lines(above, upper_shift, below, lower_shift)
+    return Lines(above, upper_shift, below, lower_shift, bool(inside.all()))
 
 
 def _ratio(rise: Tensor, run: Tensor) -> Tensor:

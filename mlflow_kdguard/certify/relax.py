@@ -1,7 +1,7 @@
 """Upper bounds of the confidence gap by linear relaxation: the built-in rows of table "bound".
 
 A bound is called with a joint graph, balls around B images and the classes that are asked for,
-and returns `Bounds`. Branch and bound and solvers are meant to become further rows.
+and returns `Bounds`. Solvers are meant to become further rows.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mlflow_kdguard.certify import branch as search
 from mlflow_kdguard.certify import gap
 from mlflow_kdguard.certify.ball import Ball
 from mlflow_kdguard.certify.joint import Joint
@@ -31,26 +32,42 @@ class Bounds:
     worst: Tensor | None = None
 
 
+NODES = 400
+"""What the configuration asks for where it says nothing."""
+
+
 class Bound(Protocol):
     """One row of table "bound"."""
 
-    def __call__(self, joint: Joint, ball: Ball, classes: Tensor | None) -> Bounds:
-        """Bound the gap of class `classes` (int64 B), or of all classes where that is None."""
+    def __call__(
+        self, joint: Joint, ball: Ball, classes: Tensor | None, nodes: int = NODES
+    ) -> Bounds:
+        """Bound the gap of class `classes` (int64 B), or of all classes where that is None.
+
+        `nodes`: subproblems an image at most, where the bound has any.
+        """
         ...
 
 
-def interval(joint: Joint, ball: Ball, classes: Tensor | None) -> Bounds:
+def interval(joint: Joint, ball: Ball, classes: Tensor | None, nodes: int = NODES) -> Bounds:
     """Interval arithmetic (Gowal et al., arXiv 1810.12715) on both networks and their margins."""
     with _plain_arithmetic(ball.centre.device):
         known = relax(joint, ball, tighten=False)
         return Bounds(gap.bounded(known, classes, gap.by_boxes).upper, 1)
 
 
-def crown(joint: Joint, ball: Ball, classes: Tensor | None) -> Bounds:
+def crown(joint: Joint, ball: Ball, classes: Tensor | None, nodes: int = NODES) -> Bounds:
     """Joint CROWN (arXiv 1811.00866) with folded margins; see `docs/reference/certify.md`."""
     with _plain_arithmetic(ball.centre.device):
         found = gap.bounded(relax(joint, ball, tighten=True), classes, gap.by_planes)
         return Bounds(found.upper, 1, found.worst)
+
+
+def branch(joint: Joint, ball: Ball, classes: Tensor | None, nodes: int = NODES) -> Bounds:
+    """Branch and bound over Relus and confidences; see `mlflow_kdguard.certify.branch`."""
+    with _plain_arithmetic(ball.centre.device):
+        relaxed = relax(joint, ball, tighten=True)
+        return Bounds(*search.bounds(relaxed, classes, search.Budget(nodes)))
 
 
 @contextmanager

@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 
 import toygraphs
 from mlflow_kdguard import extensions
-from mlflow_kdguard.certify import Ball, join, refine, split
+from mlflow_kdguard.certify import Ball, branch, join, refine, split
 from mlflow_kdguard.certify.relax import crown, interval
 from mlflow_kdguard.certify.witness import Effort, attained, search
 from mlflow_kdguard.graph import Graph
 
 METHODS = sorted(extensions.BUILT_IN["bound"])
 CPU = torch.device("cpu")
-SHIPPED = split.STEPS, refine.STEPS, refine.ROUNDS
+SHIPPED = split.STEPS, refine.STEPS, refine.ROUNDS, branch.STEPS, branch.ROOT_STEPS
+NODES = 40
 QUICK = settings(max_examples=3, deadline=None, derandomize=True)
 THOROUGH = settings(max_examples=12, deadline=None, derandomize=True)
 
@@ -38,6 +39,8 @@ def _few_steps():
         patch.setattr(split, "STEPS", 4)
         patch.setattr(refine, "STEPS", 3)
         patch.setattr(refine, "ROUNDS", 2)
+        patch.setattr(branch, "STEPS", 3)
+        patch.setattr(branch, "ROOT_STEPS", 4)
         yield
 
 
@@ -48,6 +51,8 @@ def _all_steps(_few_steps):
         patch.setattr(split, "STEPS", SHIPPED[0])
         patch.setattr(refine, "STEPS", SHIPPED[1])
         patch.setattr(refine, "ROUNDS", SHIPPED[2])
+        patch.setattr(branch, "STEPS", SHIPPED[3])
+        patch.setattr(branch, "ROOT_STEPS", SHIPPED[4])
         yield
 
 
@@ -68,14 +73,15 @@ def upper(method: str, models: tuple[Graph, Graph], x: np.ndarray, eps: float, *
     ball = Ball.around(torch.from_numpy(x)[None], eps=eps, norm=asked.get("norm", "linf"))
     klass = asked.get("klass")
     classes = None if klass is None else torch.tensor([klass])
-    return float(bound(join(*models, device=CPU), ball, classes).upper[0])
+    return float(bound(join(*models, device=CPU), ball, classes, NODES).upper[0])
 
 
 def check_against_brute_force(method, kind, seed, eps, scale) -> None:
     models = pair(kind, seed, scale)
     x = np.stack([image(models[0], seed + i) for i in range(4)])
     bound = extensions.load("bound", method)
-    found = bound(join(*models, device=CPU), Ball.around(torch.from_numpy(x), eps=eps), None).upper
+    ball = Ball.around(torch.from_numpy(x), eps=eps)
+    found = bound(join(*models, device=CPU), ball, None, NODES).upper
     for one, certified in zip(x, found.tolist(), strict=True):
         assert toygraphs.brute(*models, one, eps, seed=seed) <= certified
 

@@ -176,7 +176,7 @@ def test_progress_is_told_and_can_interrupt(monkeypatch):
     assert told == [("certify", 2, 6), ("certify", 4, 6)]
 
 
-def unsound(joint, ball: Ball, classes) -> Bounds:
+def unsound(joint, ball: Ball, classes, nodes: int) -> Bounds:
     return Bounds(torch.full((len(ball.centre),), 1e-9, dtype=torch.float64), 1)
 
 
@@ -193,7 +193,7 @@ def test_a_bound_that_is_no_number_is_one():
     joint = package.join(*(graph.read(REFERENCE, where="t") for _ in range(2)), device="cpu")
     ball = Ball.around(torch.full((2, *SHAPE), 0.5), eps=0.1)
     known = relax(joint, ball, tighten=False)
-    assert gap._sound(torch.tensor([float("nan"), 2.0, -1.0]), known).tolist()[:2] == [1.0, 1.0]
+    assert gap.sound(torch.tensor([float("nan"), 2.0, -1.0]), known).tolist()[:2] == [1.0, 1.0]
 
 
 def test_a_point_outside_its_ball_is_no_witness():

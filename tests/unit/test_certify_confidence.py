@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mlflow_kdguard.certify import confidence
-from mlflow_kdguard.certify.confidence import Margins
+from mlflow_kdguard.certify.confidence import Band, Margins
 
 M = (1, 2, 4, 8)
 
@@ -107,3 +107,74 @@ def test_margins_beyond_the_range_of_exp_stay_numbers():
     constant = confidence.lower_constant(box, torch.full((2, 9), 1e-5).double())
     assert bool(torch.isfinite(constant).all())
     assert bool((constant >= -1e-12).all())
+
+
+# ── Bands ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def banded(box: Margins, seed: int) -> Band:
+    """A part of what the confidences of a box can be."""
+    generator = torch.Generator().manual_seed(seed)
+    whole = Band.of(box)
+    ends = torch.rand((2, len(box.lo)), generator=generator, dtype=torch.float64).sort(0).values
+    return Band(
+        whole.lo + ends[0] * (whole.hi - whole.lo), whole.lo + ends[1] * (whole.hi - whole.lo)
+    )
+
+
+def within(band: Band, margins: torch.Tensor) -> torch.Tensor:
+    odds = -torch.logsumexp(margins, -1)
+    return (odds >= band.lo) & (odds <= band.hi)
+
+
+@pytest.mark.parametrize("m", M)
+def test_constants_of_a_band_hold_inside_it(m):
+    box, weights = boxes(200, m, 14), drawn_weights(200, m, 15)
+    band = banded(box, 16)
+    at = box.lo + 0.3 * (box.hi - box.lo)
+    slope = torch.logspace(-6, 1, 200, dtype=torch.float64)  # steeper than any derivative, too
+    plane = confidence.upper_plane(box, at, slope, band)
+    constant = confidence.lower_constant(box, weights, band)
+    seen = 0
+    for x in samples(box, 17):
+        inside, p = within(band, x), confidence.probability(x)
+        seen += int(inside.sum())
+        assert bool((plane.constant >= p - (plane.weights * x).sum(-1) - 1e-9)[inside].all())
+        assert bool((constant >= -p - (weights * x).sum(-1) - 1e-9)[inside].all())
+    assert seen > 1_000
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_the_lower_constant_of_a_band_is_attained(m):
+    box, weights = boxes(30, m, 18), drawn_weights(30, m, 19)
+    band = banded(box, 20)
+    constant = confidence.lower_constant(box, weights, band)
+    ticks = torch.linspace(0, 1, {1: 20001, 2: 1001}[m], dtype=torch.float64)
+    grid = torch.cartesian_prod(*[ticks] * m).reshape(-1, 1, m)
+    b = box.lo + grid * (box.hi - box.lo)
+    values = -confidence.probability(b) - (weights * b).sum(-1)
+    best = values.masked_fill(~within(band, b), -torch.inf).amax(0)
+    known = best.isfinite()
+    assert int(known.sum()) > 10
+    torch.testing.assert_close(constant[known], best[known], atol=5e-3, rtol=0)
+
+
+def test_a_band_outside_of_the_box_is_empty():
+    box = boxes(50, 4, 21)
+    whole = Band.of(box)
+    beyond = Band(whole.hi + 0.1, whole.hi + 0.2)
+    assert bool((confidence.lower_constant(box, drawn_weights(50, 4, 22), beyond) < -1e300).all())
+    plane = confidence.upper_plane(box, box.lo, torch.full((50,), 0.1).double(), beyond)
+    assert bool((plane.constant < -1e300).all())
+
+
+def test_nothing_of_a_band_is_cut_off_with_its_box():
+    box = boxes(200, 4, 23)
+    band = banded(box, 24)
+    cut, kept = confidence.tightened(box, band)
+    assert bool((cut.hi - cut.lo <= box.hi - box.lo + 1e-6).all())
+    for x in samples(box, 25):
+        inside = within(band, x)
+        inside &= ((x >= box.lo) & (x <= box.hi)).all(-1)  # not beyond its end by rounding
+        assert bool(((x >= cut.lo) & (x <= cut.hi)).all(-1)[inside].all())
+        assert bool(within(kept, x)[inside].all())

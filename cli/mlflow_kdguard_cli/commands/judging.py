@@ -86,6 +86,7 @@ def measure(**flags: Any) -> None:
 )
 @click.option("--classes", type=click.Choice(["all", "top"]), default="all", show_default=True)
 @click.option("--method", default="auto", show_default=True, help="Row of the bound table.")
+@click.option("--nodes", type=int, default=400, show_default=True, help="For --method branch.")
 @click.option("--budget", type=float, help="Safety limit in seconds; the rest is UNDECIDED.")
 @click.option("--restarts", type=int, default=5, show_default=True, help="Witness search.")
 @click.option("--steps", type=int, default=40, show_default=True, help="Witness search.")
@@ -136,7 +137,7 @@ def _section(flags: dict[str, Any]) -> Any:
     from mlflow_kdguard.config import CertifySection, explain
     from mlflow_kdguard.errors import ConfigError
 
-    keys = ("method", "norm", "eps", "delta", "classes", "samples", "restarts")
+    keys = ("method", "nodes", "norm", "eps", "delta", "classes", "samples", "restarts")
     try:
         return CertifySection(
             **{key: flags[key] for key in keys}, pgd_steps=flags["steps"], seconds=flags["budget"]
