@@ -103,7 +103,6 @@ class _Search:
         self.spent = 0
         self.nodes = self._roots(start)
         self.used = len(self.nodes)
-        self.closed = torch.zeros(self.used, dtype=torch.bool, device=floor.device)
 
     def run(self) -> Searched:
         """Split the worst nodes of every image, round by round."""

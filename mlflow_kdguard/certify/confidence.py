@@ -9,6 +9,7 @@ backward pass bounds, and two constants (Lagrangian split):
 Both constants hold for every λ <= 0 and μ >= 0 in real arithmetic up to `margin`.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -51,7 +52,7 @@ class Band:
     @classmethod
     def of(cls, box: Margins) -> "Band":
         """What the box of the margins says."""
-        return cls(-torch.logsumexp(box.hi, -1) - _RELAXED, -torch.logsumexp(box.lo, -1) + _RELAXED)
+        return cls(_below(-torch.logsumexp(box.hi, -1)), _above(-torch.logsumexp(box.lo, -1)))
 
     @property
     def middle(self) -> Tensor:
@@ -60,11 +61,23 @@ class Band:
 
     def masses(self) -> tuple[Tensor, Tensor]:
         """Least and largest sum of exponentials, relaxed outwards: N each."""
-        return _exp(-self.hi) * (1.0 - _RELAXED), _exp(-self.lo) * (1.0 + _RELAXED)
+        most = (-self.lo).exp()
+        # What float64 cannot hold is no limit at all, and nothing is never the most.
+        most = torch.where(most < _HUGE, most * (1.0 + _RELAXED), torch.inf).clamp(min=1.0 / _HUGE)
+        return _exp(-self.hi) * (1.0 - _RELAXED), most
 
 
 _RELAXED = 1e-9
 """How far ends of bands are moved outwards: far more than their exponentials can be wrong."""
+
+
+def _below(x: Tensor) -> Tensor:
+    """`x`, moved down by far more than it can be wrong."""
+    return torch.where(x.isinf(), x, x - _RELAXED * (1.0 + x.abs()))
+
+
+def _above(x: Tensor) -> Tensor:
+    return torch.where(x.isinf(), x, x + _RELAXED * (1.0 + x.abs()))
 
 
 def tightened(box: Margins, band: Band) -> tuple[Margins, Band]:
@@ -75,8 +88,8 @@ def tightened(box: Margins, band: Band) -> tuple[Margins, Band]:
     room = most[:, None] - (_exp(box.lo) @ others) * (1.0 - _RELAXED)
     need = least[:, None] - (_exp(box.hi) @ others) * (1.0 + _RELAXED)
     cut = Margins(
-        torch.maximum(box.lo, need.clamp(min=0.0).log() - _RELAXED),
-        torch.minimum(box.hi, room.clamp(min=0.0).log() + _RELAXED),
+        torch.maximum(box.lo, _below(need.clamp(min=0.0).log())),
+        torch.minimum(box.hi, _above(room.clamp(min=0.0).log())),
     )
     own = Band.of(Margins(torch.minimum(cut.lo, cut.hi), torch.maximum(cut.lo, cut.hi)))
     return cut, Band(torch.maximum(band.lo, own.lo), torch.minimum(band.hi, own.hi))
@@ -92,9 +105,9 @@ def margin(classes: int, weights: Tensor, box: Margins) -> Tensor:
 
     Every exp, log and division of the libraries is taken to be within 4 units in the last place.
     The log-odds themselves are sums of products of margins, and move the confidence by at most a
-    quarter of their error, whatever the multipliers are.
+    quarter of their error, whatever the multipliers are. They lie within log(m + 1) of a margin.
     """
-    size = torch.maximum(box.lo.abs(), box.hi.abs()).amax(-1)
+    size = torch.maximum(box.lo.abs(), box.hi.abs()).amax(-1) + math.log(classes)
     return gamma(64 + 8 * classes) * (4.0 + (1.0 + weights.abs().sum(-1)) * size)
 
 
@@ -123,8 +136,8 @@ def upper_plane(box: Margins, at: Tensor, slope: Tensor, band: Band | None = Non
         points = torch.stack((t_lo, t_hi, turn.clamp(t_lo, t_hi).detach()), -1)
         best = (torch.sigmoid(points) - slope[..., None] * points).amax(-1)
         return Upper(-slope[..., None] * share, best - slope * base)
-    t_lo, cap = torch.maximum(t_lo, band.lo - _RELAXED), band.hi + _RELAXED
-    empty = (t_lo > t_hi + _RELAXED).detach()
+    t_lo, cap = torch.maximum(t_lo, _below(band.lo)), _above(band.hi)
+    empty = (t_lo > _above(t_hi)).detach()
     turn = torch.minimum(torch.maximum(torch.minimum(turn, cap), t_lo), t_hi).detach()
     points = torch.stack((t_lo, t_hi, turn), -1)
     reached = torch.minimum(torch.sigmoid(points), torch.sigmoid(cap)[..., None])
@@ -176,7 +189,7 @@ def _worst_point(box: Margins, weights: Tensor, band: Band | None) -> _Point:
         low_end = torch.maximum(low_end, need.clamp(min=0.0).log())
         room = most[:, None] - others - least_rest
         high_end = torch.minimum(high_end, room.clamp(min=0.0).log())
-    empty = low_end > high_end + _RELAXED
+    empty = low_end > _above(high_end)
     q = (1.0 + (1.0 - 4.0 * c * mu_free).clamp(min=0.0).sqrt()) / 2.0
     turn = c.log() + (q * q / (c * mu_free).clamp(min=1.0 / _HUGE)).log()
     high_end = torch.maximum(low_end, high_end)

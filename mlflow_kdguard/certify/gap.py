@@ -78,7 +78,7 @@ def by_planes(relaxed: Relaxed, items: Items) -> Found:
 class Directions:
     """Both directions of N items (2N rows, first the student's), with what is known of each.
 
-    `upper` (2N) before `_sound`; `parameters`: multipliers to go on from.
+    `upper` (2N) before `sound`; `parameters`: multipliers to go on from.
     """
 
     rows: split.Rows

@@ -23,9 +23,8 @@ class Nodes:
     """N nodes: whose they are (image, class, direction), what they fix, and multipliers.
 
     `phase`: int8 N×M, -1 off, 1 on, 0 open; `slope`, `push`: float32 N×M, the lower slope of open
-    switches and the multiplier of fixed ones; `unit`: largest
-    coefficient of a switch, N; `where`, `steep`, `low_weights`: see
-    `split.Parameters`; `bound`: float64 N, -inf for an empty node; `score`: float32 N×(M+2), how
+    switches and the multiplier of fixed ones; `unit`: largest coefficient of a switch, N; `where`,
+    `steep`, `low_weights`: see `split.Parameters`; `bound`: float64 N, -inf for an empty node; `score`: float32 N×(M+2), how
     much of the bound each switch, the high band and the low band account for.
     """
 

@@ -178,3 +178,36 @@ def test_nothing_of_a_band_is_cut_off_with_its_box():
         inside &= ((x >= box.lo) & (x <= box.hi)).all(-1)  # not beyond its end by rounding
         assert bool(((x >= cut.lo) & (x <= cut.hi)).all(-1)[inside].all())
         assert bool(within(kept, x)[inside].all())
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0, 1e5, 1e8])
+def test_bands_hold_where_exponentials_overflow(scale):
+    """A sum that float64 cannot hold is unbounded, not the largest number that it can."""
+    box = boxes(200, 4, 26)
+    box = Margins(scale * box.lo, scale * box.hi)
+    weights = drawn_weights(200, 4, 27)
+    whole = Band.of(box)
+    slope = torch.logspace(-6, 3, 200, dtype=torch.float64)
+    for band in (whole, Band(whole.lo, whole.middle), Band(whole.middle, whole.hi)):
+        plane = confidence.upper_plane(box, box.lo, slope, band)
+        constant = confidence.lower_constant(box, weights, band)
+        upper_error = confidence.margin(5, plane.weights, box)
+        lower_error = confidence.margin(5, weights, box)
+        cut, kept = confidence.tightened(box, band)
+        for x in samples(box, 28):
+            inside = within(band, x) & ((x >= box.lo) & (x <= box.hi)).all(-1)
+            p = confidence.probability(x)
+            over = plane.constant + upper_error - p + (plane.weights * x).sum(-1)
+            assert bool((over >= 0.0)[inside].all())
+            under = constant + lower_error + p + (weights * x).sum(-1)
+            assert bool((under >= 0.0)[inside].all())
+            assert bool(((x >= cut.lo) & (x <= cut.hi)).all(-1)[inside].all())
+            assert bool(within(kept, x)[inside].all())
+
+
+def test_the_margin_of_steep_planes_covers_log_odds_of_margins_near_zero():
+    """Log-odds of m margins near 0 are -log m, not 0: a steep line's error is not small there."""
+    box = Margins(torch.full((1, 9), -1e-12).double(), torch.full((1, 9), 1e-12).double())
+    steep = torch.full((1, 9), 1e3 / 9).double()
+    needed = 1e3 * math.log(10) * 2.0**-53
+    assert float(confidence.margin(10, steep, box)[0]) >= 8 * needed
