@@ -24,8 +24,8 @@ class Nodes:
 
     `phase`: int8 N×M, -1 off, 1 on, 0 open; `slope`, `push`: float32 N×M, the lower slope of open
     switches and the multiplier of fixed ones; `unit`: largest coefficient of a switch, N; `where`,
-    `steep`, `low_weights`: see `split.Parameters`; `bound`: float64 N, -inf for an empty node; `score`: float32 N×(M+2), how
-    much of the bound each switch, the high band and the low band account for.
+    `steep`, `low_weights`: see `split.Parameters`; `bound`: float64 N, -inf for an empty node;
+    `score`: float32 N×(M+2), how much of the bound each switch and both bands account for.
     """
 
     image: Tensor
