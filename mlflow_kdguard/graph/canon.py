@@ -39,7 +39,10 @@ EXPORT = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Canonical:
-    """A file that passed: its nodes in order, its constants, its input and output."""
+    """A file that passed: its nodes in order, its constants, its input and output.
+
+    `claims`: what it says of the shapes of values inside, not compared with anything yet.
+    """
 
     where: str
     opset: int
@@ -49,6 +52,7 @@ class Canonical:
     input_shape: Shape
     output_name: str
     output_shape: Shape | None
+    claims: tuple[onnx.ValueInfoProto, ...]
 
 
 def parse(data: bytes, *, where: str) -> Canonical:
@@ -62,9 +66,16 @@ def parse(data: bytes, *, where: str) -> Canonical:
     _check_used(graph, where)
     input_name, input_shape = _input(graph, where)
     output_name, output_shape = _output(graph, where)
-    nodes = tuple(graph.node)
     return Canonical(
-        where, opset, nodes, constants, input_name, input_shape, output_name, output_shape
+        where,
+        opset,
+        tuple(graph.node),
+        constants,
+        input_name,
+        input_shape,
+        output_name,
+        output_shape,
+        tuple(graph.value_info),
     )
 
 

@@ -59,7 +59,9 @@ def _conv(layer: layers.Conv, x: Array) -> Array:
             for j in range(width):
                 offset = (i * layer.dilations[0], j * layer.dilations[1])
                 seen = _seen(inside, offset, layer.strides, layer.shape)
-                out[:, outside] += np.einsum("oc,nchw->nohw", layer.weight[outside, :, i, j], seen)
+                out[:, outside] += np.einsum(
+                    "oc,nchw->nohw", layer.weight[outside, :, i, j], seen, optimize=True
+                )
     return out + layer.bias[:, None, None]
 
 

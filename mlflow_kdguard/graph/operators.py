@@ -182,11 +182,13 @@ def gemm(walk: Walk, node: onnx.NodeProto) -> None:
     options = walk.attributes(node, alpha=1.0, beta=1.0, transA=0, transB=0)
     if options["transA"]:
         raise walk.refuse(node, "transA would mix the batch")
+    # Unbounded, alpha would lift weights that float32 holds with a few bits only (1e-42).
+    alpha, beta = walk.bounded(node, np.array([options["alpha"], options["beta"]]))
     weight = walk.floats(node, 1)
     if weight.ndim != 2:
         raise walk.refuse(node, "its weight is not a matrix")
-    weight = options["alpha"] * (weight if options["transB"] else weight.T)
-    bias = options["beta"] * walk.floats(node, 2) if walk.has(node, 2) else np.zeros(())
+    weight = alpha * (weight if options["transB"] else weight.T)
+    bias = beta * walk.floats(node, 2) if walk.has(node, 2) else np.zeros(())
     _affine(walk, node, weight, bias)
 
 

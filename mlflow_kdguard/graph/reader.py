@@ -6,7 +6,7 @@ import onnx
 
 from mlflow_kdguard.errors import KDGuardError
 from mlflow_kdguard.files import sha256
-from mlflow_kdguard.graph import canon, operators, sizes, windows
+from mlflow_kdguard.graph import canon, claims, operators, sizes, windows
 from mlflow_kdguard.graph.layers import INPUT, Clip, Graph
 from mlflow_kdguard.graph.walk import Activation, Walk
 
@@ -54,6 +54,7 @@ def read(data: bytes, *, where: str, require_clip: bool = True) -> Graph:
     walk.values[file.input_name] = Activation(INPUT, file.input_shape)
     for node in file.nodes:
         _read_node(walk, node)
+    claims.check(walk, file.claims)
     output = walk.values.get(file.output_name)
     if not isinstance(output, Activation) or len(output.shape) != 1 or not walk.layers:
         raise canon.refuse(where, f"output {file.output_name!r} is not N×K logits of the image")

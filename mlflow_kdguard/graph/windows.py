@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 
 from mlflow_kdguard.graph import layers
-from mlflow_kdguard.graph.layers import Shape
+from mlflow_kdguard.graph.layers import Array, Shape
 from mlflow_kdguard.graph.walk import Activation, Walk
 
 _LONGEST = 4096
@@ -93,7 +93,7 @@ def _mean(walk: Walk, node: onnx.NodeProto, x: Activation, axes: set[int], wish:
 
 
 def batch_normalization(walk: Walk, node: onnx.NodeProto) -> None:
-    """BatchNormalization in evaluation: one factor and one offset a channel, in float64."""
+    """BatchNormalization in evaluation: the mean is taken away, then one factor and one offset."""
     x = walk.activation(node, 0)
     options = walk.attributes(node, epsilon=1e-5, momentum=0.9, training_mode=0)
     if options["training_mode"]:
@@ -105,13 +105,22 @@ def batch_normalization(walk: Walk, node: onnx.NodeProto) -> None:
     if not (variance >= 0.0).all() or not (spread > 0.0).all():
         raise walk.refuse(node, "a variance is not positive", "Train or export again.")
     factor = walk.bounded(node, gamma / np.sqrt(spread))
-    offset = walk.bounded(node, beta - mean * factor)
-    channelwise = (-1,) + (1,) * (len(x.shape) - 1)
-    factor, offset = (
-        np.broadcast_to(values.reshape(channelwise), x.shape) for values in (factor, offset)
-    )
+    walk.bounded(node, beta - mean * factor)
+    # In one step, the offset beta - mean · factor would lose to cancellation what no sum of
+    # products shows; in two, nothing but the factor is rounded.
+    if mean.any():
+        x = _channelwise(walk, node, x, (np.ones_like(mean), -mean))
+    _channelwise(walk, node, x, (factor, beta))
+
+
+def _channelwise(
+    walk: Walk, node: onnx.NodeProto, x: Activation, parts: tuple[Array, Array]
+) -> Activation:
+    """factor · x + offset (`parts`), one of each a channel."""
+    shape = (-1,) + (1,) * (len(x.shape) - 1)
+    wide = (np.broadcast_to(values.reshape(shape), x.shape) for values in parts)
     name = walk.fresh(node.output[0])
-    walk.add(node, layers.Scale(name, (x.layer,), x.shape, factor, offset))
+    return walk.add(node, layers.Scale(name, (x.layer,), x.shape, *wide))
 
 
 def _image(walk: Walk, node: onnx.NodeProto) -> Activation:

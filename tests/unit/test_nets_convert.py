@@ -49,9 +49,15 @@ def test_weights_keep_their_values_names_and_shapes() -> None:
     shapes = {name.split(".")[1]: tuple(p.shape) for name, p in module.named_parameters()
               if name.endswith(("factor", "weight"))}  # fmt: skip
     kinds = {name: type(layer).__name__ for name, layer in module.layers.items()}
-    assert [kinds[name] for name in shapes] == ["Scale"] * 2 + ["Conv2d", "Scale"] * 2 + ["Linear"]
+    # A batch norm is read as two layers: its mean is taken away, then it is scaled.
+    assert [kinds[name] for name in shapes] == [
+        "Scale", "Scale", "Conv2d", "Scale", "Scale", "Conv2d", "Scale", "Scale", "Linear",
+    ]  # fmt: skip
     assert list(shapes.values()) == [
-        (1, 1, 1), (1, 1, 1), (4, 1, 5, 5), (4, 1, 1), (6, 4, 3, 3), (6, 1, 1), (10, 24),
+        (1, 1, 1), (1, 1, 1),
+        (4, 1, 5, 5), (4, 1, 1), (4, 1, 1),
+        (6, 4, 3, 3), (6, 1, 1), (6, 1, 1),
+        (10, 24),
     ]  # fmt: skip
     weights = next(p for name, p in module.named_parameters() if tuple(p.shape) == (6, 4, 3, 3))
     assert torch.equal(weights, net.body.conv2.weight)
