@@ -33,6 +33,8 @@ STAGES: tuple[tuple[str, str, str | None], ...] = (
     ("audit-student", "kdguard audit", "audit"),
     ("measure", "kdguard measure", "measure"),
     ("certify", "kdguard certify", "certify"),
+    ("certify-smooth", "kdguard certify-smooth", "smooth"),
+    ("certify-patch", "kdguard certify-patch", "patch"),
     ("attest", "kdguard attest", "attest"),
     ("verify", "kdguard verify", None),
     ("gate", "kdguard gate", None),

@@ -107,6 +107,7 @@ def test_digest_is_about_figures_only() -> None:
         {"teacher": {"model": "elsewhere/teacher.onnx"}},
         {"data": {"transfer": "npz:elsewhere.npz", "root": "elsewhere"}},
         {"measure": {"triggers": ["elsewhere/patch.kdt:1"]}},
+        {"teach": {"eps": 0.3}},
     ]
     for values in same:
         assert config.parse(values, "test").digest == base.digest

@@ -1,19 +1,10 @@
-"""What a guarded distillation is told: one frozen section a stage.
+"""The sections of a configuration: one frozen model a stage, with types, limits and defaults."""
 
-Sources, later ones win: the packaged `plugin.yaml`, the user's file, `--set section.key=value`.
-Unknown keys are errors. What only the caller may grant (keys, the policy, `--trust-code`,
-`--download`) has no field here.
-"""
-
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from mlflow_kdguard import plain_yaml
-from mlflow_kdguard.errors import ConfigError
-from mlflow_kdguard.files import digest_json, read_bytes
+from mlflow_kdguard.files import digest_json
 
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -47,11 +38,15 @@ class DataSection(Section):
 
 
 class Loop(Section):
-    """One training run: SGD with Nesterov momentum under a one-cycle schedule."""
+    """One training run: SGD with Nesterov momentum under a schedule of learning rates."""
 
     epochs: Epochs = Field(10, description="passes over the data")
     batch: int = Field(128, ge=1, description="images a step")
     lr: Positive = Field(0.08, description="peak learning rate")
+    schedule: Literal["one-cycle", "constant", "step", "cosine"] = Field(
+        "one-cycle", description="learning rate over the run; step: a tenth at 1/2, again at 3/4"
+    )
+    warm_up: Share = Field(0.0, description="share of linear rise; one-cycle has its own")
     momentum: Share = Field(0.9, description="Nesterov momentum")
     weight_decay: float = Field(5e-4, ge=0, description="L2 penalty")
     augment: Literal["none", "shift", "shift-flip"] = Field("shift", description="augmentation")
@@ -59,6 +54,38 @@ class Loop(Section):
     amp: Literal["off", "bfloat16", "float16"] = Field("off", description="autocast type")
     channels_last: bool = Field(False, description="memory format of images")
     checkpoint_seconds: Positive = Field(10.0, description="longest work that a kill can lose")
+
+
+class Verifiable(Loop):
+    """A training run with terms that make bounds on the network tight."""
+
+    stability: float = Field(0.0, ge=0, description="weight of the ReLU stability loss")
+    l1: float = Field(0.0, ge=0, description="weight of the sum of weights' sizes")
+    bound_eps: float | None = Field(
+        None, ge=0, description="l_inf radius of interval terms; null takes eps"
+    )
+    ramp: tuple[Share, ...] = Field(
+        (0.1, 0.5),
+        min_length=2,
+        max_length=2,
+        description="shares of the run between which interval terms grow from zero",
+    )
+
+    @field_validator("ramp")
+    @classmethod
+    def _rises(cls, ramp: tuple[float, ...]) -> tuple[float, ...]:
+        if ramp[0] > ramp[1]:
+            raise ValueError(f"it must not end ({ramp[1]:g}) before it begins ({ramp[0]:g})")
+        return ramp
+
+
+class TeachSection(Verifiable):
+    """A teacher of one's own: adversarial training, with verifiable terms where asked for."""
+
+    arch: str = Field("cnn:16,32,64", description="architecture of the teacher")
+    eps: float = Field(0.02, ge=0, description="l_inf radius of Madry training; 0 trains plainly")
+    pgd_steps: Steps = Field(3, description="inner steps of Madry training")
+    interval: Share = Field(0.0, description="κ, weight of interval-bound cross-entropy")
 
 
 class TeacherSection(Section):
@@ -131,7 +158,7 @@ class DetoxSection(Section):
     batch: int = Field(64, ge=1, description="images a step")
 
 
-class DistillSection(Loop):
+class DistillSection(Verifiable):
     """The student and its loss."""
 
     arch: str = Field("cnn:8,16,32", description="architecture of the student")
@@ -142,6 +169,8 @@ class DistillSection(Loop):
     pgd_steps: Steps = Field(3, description="inner steps")
     clean_term: float = Field(1.0, ge=0, description="weight of KL on unperturbed images")
     label_weight: float = Field(0.5, ge=0, description="weight of cross-entropy on clean labels")
+    joint_gap: float = Field(0.0, ge=0, description="weight of the bound on margin gaps")
+    gap_pairs: int = Field(2, ge=1, description="margins that are bounded an image and step")
     feature: str | None = Field(None, description="feature loss table row, added to the loss")
     feature_weight: float = Field(1.0, ge=0, description="weight of the feature loss")
 
@@ -165,6 +194,9 @@ class CertifySection(Section):
     """The bounds that are asked for."""
 
     method: str = Field("auto", description="row of the bound table; auto is crown")
+    solver: str = Field(
+        "auto", description="row of the solver table, for lp and milp; auto is highs"
+    )
     nodes: int = Field(400, ge=1, description="nodes an image at most, where a bound branches")
     norm: Literal["linf", "l2"] = Field("linf", description="norm of the ball")
     eps: Positive = Field(0.01, description="radius of the ball, in pixels")
@@ -173,7 +205,45 @@ class CertifySection(Section):
     samples: int = Field(100, ge=1, description="images drawn from the test set")
     pgd_steps: Steps = Field(40, description="steps of the witness search")
     restarts: int = Field(5, ge=1, description="restarts of the witness search")
-    seconds: Positive | None = Field(None, description="safety limit; recorded when it strikes")
+    seconds: Positive | None = Field(
+        None, description="safety limit of the whole run; recorded where it strikes"
+    )
+    memory: Positive | None = Field(
+        None, description="GiB that the process may hold, for branch; recorded where it strikes"
+    )
+    proofs: bool = Field(False, description="whether a proof of every bound is kept")
+
+
+class PatchSection(Section):
+    """Patches of any content, and what is proved about them."""
+
+    targets: tuple[int, ...] = Field((), description="classes aimed at; none: nothing is proved")
+    size: int = Field(3, ge=1, description="side of the square, in pixels")
+    positions: tuple[str, ...] = Field(
+        ("bottom-right",), min_length=1, description="corners, or ROW,COLUMN of the top left pixel"
+    )
+    samples: int = Field(100, ge=1, description="images of other classes drawn from the test set")
+    nodes: int = Field(2000, ge=1, description="parts of the contents, an image and position")
+    margin: float = Field(1e-4, ge=0, description="by how much another logit must lead")
+    pgd_steps: Steps = Field(40, description="steps of the witness search")
+    restarts: int = Field(5, ge=1, description="restarts of the witness search")
+
+
+class SmoothSection(Section):
+    """Both networks smoothed by Gaussian noise, and what is certified about that pair in l2."""
+
+    sigma: Positive | None = Field(
+        None, le=100, description="deviation of the noise, in pixels; null: nothing is certified"
+    )
+    radius: Positive = Field(0.25, le=1000, description="l2 radius of the ball, in pixels")
+    delta: Positive = Field(0.3, le=1, description="largest gap that counts as faithful")
+    classes: Literal["all", "top"] = Field("all", description="which classes are bounded")
+    samples: int = Field(100, ge=1, description="images drawn from the test set")
+    draws: int = Field(1000, ge=1, description="noisy copies of each image")
+    error: Positive = Field(
+        0.001, le=0.05, description="probability that one image is PROVED and should not be"
+    )
+    batch: int = Field(256, ge=1, description="noisy copies a step")
 
 
 class AttestSection(Section):
@@ -197,9 +267,10 @@ _PLACES: dict[str, Any] = {
     "run": {"work_dir"},
     "data": {"transfer", "clean", "test", "root"},
     "teacher": {"model", "name"},
+    "teach": True,
     "measure": {"triggers"},
 }
-"""What says where something is, and not what it is."""
+"""What says where something is, and not what it is; a teacher that was trained has a digest."""
 
 
 class GuardConfig(Section):
@@ -209,12 +280,15 @@ class GuardConfig(Section):
     data: DataSection = DataSection()
     teacher: TeacherSection = TeacherSection()
     redteam: RedteamSection | None = None
+    teach: TeachSection = TeachSection()
     audit: AuditSection = AuditSection()
     detox: DetoxSection = DetoxSection()
     distill: DistillSection = DistillSection()
     export: ExportSection = ExportSection()
     measure: MeasureSection = MeasureSection()
     certify: CertifySection = CertifySection()
+    patch: PatchSection = PatchSection()
+    smooth: SmoothSection = SmoothSection()
     attest: AttestSection = AttestSection()
     registry: RegistrySection = RegistrySection()
 
@@ -222,78 +296,3 @@ class GuardConfig(Section):
     def digest(self) -> str:
         """SHA-256 of what can change a figure, not of where files are: they have digests."""
         return digest_json(self.model_dump(mode="json", exclude=_PLACES))
-
-
-def load(
-    path: Path | None = None,
-    overrides: Sequence[str] = (),
-    named: Mapping[str, str] | None = None,
-) -> GuardConfig:
-    """Read a configuration file and apply `section.key=value` overrides, values in YAML.
-
-    `named` holds values by `section.key` that are text as they stand, such as paths.
-    Raises ConfigError naming the file, the key and what would be right.
-    """
-    values = read_mapping(path, "the configuration") if path is not None else {}
-    for override in overrides:
-        _assign(values, override)
-    for key, text in (named or {}).items():
-        place = _section(values, key.split("."), key)
-        place[key.rpartition(".")[2]] = text
-    return parse(values, str(path) if path is not None else "--set")
-
-
-def parse(values: Mapping[str, Any], where: str) -> GuardConfig:
-    """Validate a mapping; ConfigError names `where` and every wrong key."""
-    try:
-        return GuardConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(
-            f"{where}: {explain(error)}", remedy="See `kdguard run --help`."
-        ) from error
-
-
-def explain(error: ValidationError) -> str:
-    """One line for all of pydantic's complaints: key, what is wrong, what was given."""
-    lines = []
-    for item in error.errors(include_url=False, include_context=False):
-        key = ".".join(str(part) for part in item["loc"]) or "(document)"
-        what = "unknown key" if item["type"] == "extra_forbidden" else item["msg"]
-        lines.append(f"{key}: {what}")
-    return "; ".join(lines) + "."
-
-
-def read_mapping(path: Path, what: str) -> dict[str, Any]:
-    """A YAML file that holds one mapping; ConfigError otherwise."""
-    try:
-        values = plain_yaml.parse(read_bytes(path, what=what))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}.") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"{path} must hold sections such as `distill:`.")
-    return values
-
-
-def _assign(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not separator or len(parts) < 2 or not all(parts):
-        raise ConfigError(
-            f"--set {override!r} does not name a value.", remedy="Write section.key=value."
-        )
-    place = _section(values, parts, override)
-    try:
-        place[parts[-1]] = plain_yaml.parse(text)
-    except ValueError as error:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML.") from error
-
-
-def _section(values: dict[str, Any], parts: Sequence[str], override: str) -> dict[str, Any]:
-    """The mapping that holds the last of `parts`, made where it is missing."""
-    place = values
-    for part in parts[:-1]:
-        inner = place.setdefault(part, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"--set {override!r}: {part} is not a section.")
-        place = inner
-    return place
