@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _DONE = "done.json"
 _INPUTS = "inputs.sha256"
+_CLEARING = "clearing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +122,20 @@ def _clear_if_other_inputs(folder: Path, inputs: str) -> None:
             torn.unlink(missing_ok=True)  # what a kill left of an unfinished write
         return
     _refuse_foreign(folder, mark)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    # The mark stands all the while, so that a kill in here leaves a folder that is known as ours,
+    # and names no inputs, so that nobody goes on from what is half cleared.
+    write_bytes(mark, f"{_CLEARING}\n".encode())
+    for left in folder.iterdir():
+        if left != mark:
+            _remove(left)
     write_bytes(mark, f"{inputs}\n".encode())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _refuse_foreign(folder: Path, mark: Path) -> None:

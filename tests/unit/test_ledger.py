@@ -110,6 +110,17 @@ def test_killed_anywhere_a_stage_is_finished_or_absent(tmp_path: Path) -> None:
             assert entry.path("a.bin").read_bytes() == bytes([i % 251]) * 4096
 
 
+def test_killed_before_any_change_of_the_disk_the_next_run_goes_on(tmp_path: Path) -> None:
+    """Neither old nor new inputs are refused, none is believed to be finished unless its file is
+    whole, and what is left of the old checkpoints is not gone on from."""
+    program = Path(__file__).parents[1] / "killed.py"
+    ran = subprocess.run(
+        [sys.executable, str(program), str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) >= 12  # it was killed at as many places
+
+
 def test_files_that_no_stage_left_are_never_cleared(tmp_path: Path) -> None:
     own = tmp_path / "teacher" / "weights.pt"
     own.parent.mkdir()
