@@ -32,6 +32,26 @@ def upper(k: int, n: int, confidence: float = CONFIDENCE) -> float:
     return 1.0 if k == n else float(betaincinv(k + 1, n - k, confidence))
 
 
+def claimed_lower(k: int, n: int, error: float, confidence: float = CONFIDENCE) -> float:
+    """Lower bound of a share of which each of n items was found with a test that may err.
+
+    k items were found; an item that does not belong is found with probability `error` at most, by
+    randomness of its own. Where the share is p, an item is found with p + (1 - p)·error at most;
+    so with q the Clopper–Pearson lower bound of what is found, p >= (q - error) / (1 - error). All
+    errors are in that: they take nothing from `confidence`, and need not be divided among items.
+    """
+    if not 0.0 <= error < 1.0:
+        raise ValueError(f"an error lies in [0, 1), not {error}")
+    return max(0.0, (lower(k, n, confidence) - error) / (1.0 - error))
+
+
+def missed_upper(k: int, n: int, error: float, confidence: float = CONFIDENCE) -> float:
+    """Upper bound of a share whose items are missed with probability `error` at most each."""
+    if not 0.0 <= error < 1.0:
+        raise ValueError(f"an error lies in [0, 1), not {error}")
+    return min(1.0, upper(k, n, confidence) / (1.0 - error))
+
+
 def bonferroni(confidence: float, questions: int) -> float:
     """Confidence at which each of `questions` bounds is taken so that all hold together."""
     if questions < 1:

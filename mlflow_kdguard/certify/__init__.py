@@ -6,41 +6,37 @@ in `docs/reference/certify.md`.
 """
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from mlflow_kdguard import extensions, graph
 from mlflow_kdguard.certify.ball import Ball
+from mlflow_kdguard.certify.batch import Judge, Pair
+from mlflow_kdguard.certify.budget import Ration
 from mlflow_kdguard.certify.joint import Joint, join
+from mlflow_kdguard.certify.milp import Solved
 from mlflow_kdguard.certify.parallel import in_order, workers
-from mlflow_kdguard.certify.relax import Bound, Bounds
-from mlflow_kdguard.certify.report import SKIPPED, Judged, Question, summarise
-from mlflow_kdguard.certify.witness import Effort, attained, search, softmax
+from mlflow_kdguard.certify.proofs import Folder
+from mlflow_kdguard.certify.relax import ANYTIME, Bound, Bounds
+from mlflow_kdguard.certify.report import Judged, Question, summarise
 from mlflow_kdguard.config import CertifySection
 from mlflow_kdguard.data import Dataset
 from mlflow_kdguard.draw import draw
-from mlflow_kdguard.errors import DataError, Interrupted, SoundnessError
+from mlflow_kdguard.errors import ConfigError, DataError, Interrupted
 from mlflow_kdguard.files import sha256
 from mlflow_kdguard.records import CertifyReport, Progress, silent
+from mlflow_kdguard.solvers import oracle
+from mlflow_kdguard.training.interrupt import Signals
 
 __all__ = ["Ball", "Bound", "Bounds", "Joint", "certify", "join"]
 
 _BATCH_PIXELS = 20_000
 _BATCH = 25
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Pair:
-    """The two networks as the bounds and as the witness search see them."""
-
-    reference: graph.Graph
-    student: graph.Graph
-    joint: Joint
-    quick: Joint
 
 
 def certify(
@@ -52,28 +48,50 @@ def certify(
     nonce: str = "",
     device: torch.device | None = None,
     progress: Progress = silent,
+    proofs: Path | None = None,
+    partial: bool = False,
 ) -> CertifyReport:
     """Bounds on max |p_S,k(x') - p_R,k(x')| around drawn images of `data`.
 
     `reference`, `student`: ONNX bytes. Which images are judged follows from the digests and
-    `nonce` (`draw.draw`). Raises ModelError for graphs that cannot be bounded, DataError for
-    images that do not fit them, ConfigError for an unknown method, SoundnessError where a witness
-    beats the bound, Interrupted on Ctrl-C.
+    `nonce` (`draw.draw`). `proofs`: a new folder for a proof of every bound
+    (`mlflow_kdguard.proof`); the bounds reported are then those that the proofs claim. `partial`:
+    Ctrl-C and SIGTERM end the search, and the report (`interrupted`) has the best bounds that are
+    known by then, without proofs; a second one acts as it always does.
+    Raises ModelError for graphs that cannot be bounded, DataError for images that do not fit them,
+    ConfigError for an unknown method, SolverError for a solver that is not installed or has no
+    licence, SoundnessError where a witness beats the bound, Interrupted on Ctrl-C.
     """
     place = device if device is not None else torch.device("cpu")
-    bound: Bound = extensions.load("bound", _method(config))
+    bound = _bound(config)
     pair = _read(reference, student, place)
     question = _question((sha256(reference), sha256(student)), data, config, nonce, str(place))
+    if proofs is not None:
+        folder = Folder.begun(proofs, pair.joint, (reference, student), question)
+        pair = replace(pair, folder=folder)
     _check(data, pair.reference, question)
-    judged: list[Judged] = []
+    with Signals() if partial else nullcontext() as signals:
 
-    def judge(part: tuple[int, ...]) -> list[Judged]:
-        late = config.seconds is not None and question.elapsed() > config.seconds
-        return _judge(pair, data, part, question, None if late else bound)
+        def interrupted() -> bool:
+            return signals is not None and signals.struck
 
-    parts = list(_batches(question.indices, pair.joint))
+        judged = _judged(Judge(pair, data, question, bound), progress, interrupted)
+        report = summarise(question, judged, interrupted=interrupted())
+    return report if pair.folder is None or report.interrupted else pair.folder.finished(report)
+
+
+def _judged(judge: Judge, progress: Progress, interrupted: Callable[[], bool]) -> list[Judged]:
+    """All drawn images, in order; Interrupted where Ctrl-C is not `interrupted`'s affair."""
+    question, judged = judge.question, list[Judged]()
+    parts = list(_batches(question.indices, judge.pair.joint))
+    at_once, config = workers(torch.device(question.device)), question.config
+    ration = Ration(
+        len(parts), at_once, seconds=config.seconds, gib=config.memory, interrupted=interrupted
+    )
     try:
-        for found in in_order(judge, parts, at_once=workers(place)):
+        for found in in_order(
+            lambda part: judge.batch(part, ration.limits()), parts, at_once=at_once
+        ):
             judged += found
             worst = max(item.upper for item in judged)
             progress("certify", len(judged), len(question.indices), {"upper_max": worst})
@@ -82,20 +100,40 @@ def certify(
             f"certification stopped after {len(judged)} of {len(question.indices)} images.",
             remedy="Run it again; a bound of some of the drawn images certifies nothing.",
         ) from error
-    return summarise(question, judged)
+    return judged
 
 
 def _method(config: CertifySection) -> str:
     return "crown" if config.method == "auto" else config.method
 
 
-def _read(reference: bytes, student: bytes, device: torch.device) -> _Pair:
+def _bound(config: CertifySection) -> Bound:
+    """The row of table "bound"; one by a solver with that solver and the time limit."""
+    bound: Bound = extensions.load("bound", _method(config))
+    if config.memory is not None and _method(config) not in ANYTIME:
+        raise ConfigError(
+            f"the method {_method(config)!r} is not ended by a limit of memory.",
+            remedy=f"Limit the memory of {', '.join(ANYTIME)} only.",
+        )
+    if isinstance(bound, Solved):
+        seconds = float("inf") if config.seconds is None else config.seconds
+        name = oracle.chosen(config.solver)
+        return replace(bound, solver=name, until=time.monotonic() + seconds)
+    if config.solver != "auto":
+        raise ConfigError(
+            f"the method {_method(config)!r} asks no solver, but {config.solver!r} is named.",
+            remedy="Name a solver with the methods lp and milp only.",
+        )
+    return bound
+
+
+def _read(reference: bytes, student: bytes, device: torch.device) -> Pair:
     graphs = (
         graph.read(reference, where="the reference"),
         graph.read(student, where="the student"),
     )
     joint = join(*graphs, device=device)
-    return _Pair(*graphs, joint, joint.cast(torch.float32, device))
+    return Pair(*graphs, joint, joint.cast(torch.float32, device))
 
 
 def _question(
@@ -131,58 +169,3 @@ def _batches(indices: tuple[int, ...], joint: Joint) -> Iterator[tuple[int, ...]
     size = max(1, min(_BATCH, _BATCH_PIXELS // pixels))
     for start in range(0, len(indices), size):
         yield indices[start : start + size]
-
-
-def _judge(
-    pair: _Pair, data: Dataset, part: tuple[int, ...], question: Question, bound: Bound | None
-) -> list[Judged]:
-    """Both bounds of a batch of images; without a bound (time is up) they stay undecided."""
-    began = time.perf_counter()
-    x, labels = data.batch(part)
-    confidences = softmax(graph.evaluate(pair.reference, x.astype(np.float64)))
-    lower, upper, nodes = np.zeros(len(part)), np.ones(len(part)), 0
-    if bound is not None:
-        place, top = torch.device(question.device), None
-        ball = Ball.around(
-            torch.from_numpy(x).to(place), eps=question.config.eps, norm=question.config.norm
-        )
-        if question.config.classes == "top":
-            top = torch.from_numpy(confidences.argmax(1)).to(place)
-        found = bound(pair.joint, ball, top, question.config.nodes)
-        lower = _witness(pair, ball, top, first=part[0], question=question, found=found)
-        upper, nodes = found.upper.cpu().numpy(), found.nodes
-        _check_sound(part, lower, upper, question.method)
-    seconds = (time.perf_counter() - began) / len(part)
-    method = SKIPPED if bound is None else question.method
-    return [
-        Judged(int(i), int(label), p, float(lo), float(hi), method, nodes, seconds)
-        for i, label, p, lo, hi in zip(part, labels, confidences, lower, upper, strict=True)
-    ]
-
-
-def _witness(
-    pair: _Pair,
-    ball: Ball,
-    top: torch.Tensor | None,
-    *,
-    first: int,
-    question: Question,
-    found: Bounds,
-) -> NDArray[np.float64]:
-    """The largest gaps found: float64 B, each attained at a point of its ball."""
-    effort = Effort(question.config.pgd_steps, question.config.restarts)
-    generator = torch.Generator().manual_seed(question.seed(first))
-    points = search(pair.quick, ball, top, effort=effort, generator=generator, hints=found.worst)
-    return attained(pair.reference, pair.student, ball, points, top)
-
-
-def _check_sound(
-    part: tuple[int, ...], lower: NDArray[np.float64], upper: NDArray[np.float64], method: str
-) -> None:
-    if not bool((upper >= lower).all()):
-        worst = int((lower - upper).argmax())
-        raise SoundnessError(
-            f"image {part[worst]}: a point of the ball has a gap of {lower[worst]:.17g}, above the "
-            f"bound {upper[worst]:.17g} of {method!r}.",
-            remedy="This is a bug in the bound; please report it with both models.",
-        )

@@ -17,8 +17,10 @@ from mlflow_kdguard.certify import ops
 from mlflow_kdguard.certify.ball import Ball
 from mlflow_kdguard.certify.forms import Form, add, clean, dense, inner
 from mlflow_kdguard.certify.joint import Index, Joint
+from mlflow_kdguard.certify.keep import Kept
 from mlflow_kdguard.certify.lines import Lines
-from mlflow_kdguard.certify.rounding import TINY, gamma, up
+from mlflow_kdguard.certify.parallel import go_on
+from mlflow_kdguard.certify.rounding import TINY, UNDERFLOW, gamma, up
 
 Seed = tuple[Index, Form]
 """A functional of one operation's value."""
@@ -38,7 +40,8 @@ class Relaxed:
     For a search: `pushes`, non-negative multipliers times the sign that a switch is known to have
     (β-CROWN, arXiv 2103.06624), and `trace`, which receives the coefficients of each bent
     operation's value. Both need functionals that are written out. `each`: where every row has
-    lines and pushes of its own, their numbers (int64 N).
+    lines and pushes of its own, their numbers (int64 N). `kept`: notes for a proof, if asked for.
+    `go_on` is called now and then by what takes long, and raises where that is to end.
     """
 
     joint: Joint
@@ -49,6 +52,8 @@ class Relaxed:
     pushes: dict[Index, Tensor] = field(default_factory=dict)
     trace: dict[Index, Tensor] | None = None
     each: Tensor | None = None
+    kept: Kept | None = None
+    go_on: Callable[[], None] = go_on
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +77,8 @@ class Plane:
             best = inner(rises, form.read(ball.hi, image)) + inner(falls, form.read(ball.lo, image))
         if ball.norm == "l2":
             known = clean(form, tuple(ball.centre.shape[1:])).coef
-            length = torch.linalg.vector_norm(known.flatten(1), dim=1)
+            unit = known.flatten(1).abs().amax(1).clamp(min=TINY)  # squares would underflow
+            length = unit * torch.linalg.vector_norm(known.flatten(1) / unit[:, None], dim=1)
             best = torch.minimum(best, form.dot(ball.centre, image) + ball.eps * length)
         return up(best + self.shift)
 
@@ -92,6 +98,7 @@ def backward(relaxed: Relaxed, seeds: Sequence[Seed], image: Tensor) -> Plane:
 
     `image`: int64 N, the image whose ball each row speaks of.
     """
+    go_on()
     joint = relaxed.joint
     waiting: dict[Index, Form] = {}
     for index, form in seeds:
@@ -104,6 +111,7 @@ def backward(relaxed: Relaxed, seeds: Sequence[Seed], image: Tensor) -> Plane:
             continue
         form = waiting.pop(index)
         error = error + form.norm1() * relaxed.scales[index][image]
+        shift = shift + UNDERFLOW * relaxed.scales[index][image]
         if index == 0:
             waiting[0] = form
             break

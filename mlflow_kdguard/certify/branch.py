@@ -1,262 +1,231 @@
-"""Branch and bound on the confidence gap: phases of switches, and bands of the output.
+"""Branch and bound on the confidence gap: phases of switches, bands and margins of the output.
 
 Follows β-CROWN (arXiv 2103.06624) for the networks and the Lagrangian split of `confidence` for
 the output. A node's bound is one joint backward pass whose slopes, multipliers of fixed switches
-and multipliers of both confidences are chosen by a few steps of gradient descent; any values are
-sound. At the image where the bound's plane is highest, the difference between bound and truth
-telescopes over switches and outputs, all in units of confidence: what accounts for most of it is
-split next. The bound of an image is the largest over all nodes, split no further or not at all, so
-that the search can end at any time; what it finds from below only decides when to end.
+and multipliers of both confidences are chosen by a few steps of gradient descent in float32; what
+they bound is computed anew in float64 when the node is closed. At the image where the bound's plane
+is highest, the difference between bound and truth telescopes over switches and outputs, all in
+units of confidence: what accounts for most of it is split next. The bound of an image is the
+largest over all nodes, split no further or not at all, so that the search can end at any time;
+what it finds from below only decides when to end.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mlflow_kdguard.certify import gap, margins
-from mlflow_kdguard.certify.backward import Relaxed, backward
-from mlflow_kdguard.certify.confidence import Band, Margins
-from mlflow_kdguard.certify.descent import Descent
-from mlflow_kdguard.certify.forms import Form
-from mlflow_kdguard.certify.joint import Index
+from mlflow_kdguard.certify import gap, trees
+from mlflow_kdguard.certify.backward import Relaxed
+from mlflow_kdguard.certify.budget import Limit, nothing_ends
+from mlflow_kdguard.certify.confidence import Band
+from mlflow_kdguard.certify.descent import Descended, Descent, Rates
 from mlflow_kdguard.certify.margins import Items
-from mlflow_kdguard.certify.nodes import Nodes, Switches
+from mlflow_kdguard.certify.nodes import Nodes
+from mlflow_kdguard.certify.parallel import go_on
+from mlflow_kdguard.certify.setting import Setting, chunks, verified
 
-STEPS = 8
+STEPS, RATES = 8, Rates(slope=0.1, where=0.03, steep=0.02, low=0.02)
 """Steps of Adam in a node, which begins with its parent's parameters."""
-ROOT_STEPS = 30
+ROOT_STEPS, ROOT_RATES = 60, Rates(slope=0.15, where=0.03, steep=0.05, low=0.03)
 """And in a root."""
+FACTORS = 0.5, 0.25, 0.1, 0.03
+"""Shares of the first multipliers that a root may begin with."""
+HIDDEN_ROUNDS, MARGIN_ROUNDS = (12, 100), (40, 10)
+"""Splits for each open switch, and for each margin, before the search: at least so many, and one
+for so many nodes of the search. Half of the time in boxes is worth more than all of it in nodes."""
 WIDTH = 16
 """Nodes of each image that are split at a time."""
 RELATIVE, ABSOLUTE = 0.02, 1e-3
 """A node whose bound exceeds the largest gap found by no more than that is left alone."""
-MARGINS = 4
-"""Margins of a network that are bounded anew where one of its switches was fixed."""
-_ROWS = 2048
-_CHUNK_BYTES = 256 << 20
-_COPIES = 14
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """How long to search: nodes an image, not seconds, so that a search repeats itself exactly."""
-
-    nodes: int
+_ROWS = 384
+"""Nodes that go through a descent together: what fits in a processor's cache."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Searched:
-    """Upper bounds (float64 B) before rounding errors of exponentials, nodes looked at in all,
-    and the point of the largest gap found for each image (B×C×H×W)."""
+    """Of Q questions: upper bounds (float64 Q) before rounding errors of exponentials, and the
+    point of the largest value found (Q×C×H×W); nodes looked at in all. `left`: bool Q, whether
+    nodes were left that could have been split."""
 
     upper: Tensor
     nodes: int
     best: Tensor
+    left: Tensor
 
 
-def search(relaxed: Relaxed, start: gap.Directions, floor: Tensor, budget: Budget) -> Searched:
-    """Search all rows of `start` together; what is at most `floor` (B) is not looked at."""
-    return _Search(relaxed, start, floor, budget).run()
+def rounds(nodes: int, given: tuple[int, int]) -> int:
+    """Splits of a tree before a search of so many `nodes` an image."""
+    least, share = given
+    return max(least, nodes // share)
 
 
-def bounds(relaxed: Relaxed, classes: Tensor | None, budget: Budget) -> tuple[Tensor, int, Tensor]:
-    """Upper bounds (float64 B in [0, 1]) of the gap of one class, or of all (None).
-
-    All classes: the reference's class first; then, together, whatever else can exceed its bound.
-    Also the number of nodes an image, and the points of the largest gaps found (B×C×H×W).
-    """
-    centre = relaxed.ball.centre
-    if not bool(Switches.of(relaxed).open_.any()):
-        plain = gap.bounded(relaxed, classes, gap.by_planes)
-        return plain.upper, 1, centre if plain.worst is None else plain.worst
-    images = torch.arange(len(centre), device=centre.device)
-    nothing = torch.zeros(len(centre), dtype=torch.float64, device=centre.device)
-    one = classes if classes is not None else relaxed.joint.logits(centre)[0].argmax(1)
-    top = Items(images, one)
-    start = gap.directions(relaxed, top, refining=False)
-    found = search(relaxed, start, nothing, budget)
-    upper = gap.sound(found.upper, relaxed)
-    if classes is not None:
-        return upper, found.nodes // len(centre), found.best
-    caps = torch.maximum(margins.caps(start.reference, top), margins.caps(start.student, top))
-    image, klass = (~(caps <= upper[:, None])).nonzero(as_tuple=True)
-    if len(image) == 0:
-        return upper, found.nodes // len(centre), found.best
-    more = search(
-        relaxed, gap.directions(relaxed, Items(image, klass), refining=False), upper, budget
+def narrowed(relaxed: Relaxed, items: Items, start: gap.Directions, nodes: int) -> gap.Directions:
+    """`start` with the margins of both networks cut to what their trees say, before a search of so
+    many `nodes` an image."""
+    joint = relaxed.joint
+    reference, student = (
+        trees.margins(relaxed, items, output, box, rounds(nodes, MARGIN_ROUNDS))
+        for output, box in ((joint.reference, start.reference), (joint.student, start.student))
     )
-    best = torch.where((more.upper > upper).view(-1, 1, 1, 1), more.best, found.best)
-    upper = torch.maximum(upper, gap.sound(more.upper, relaxed))
-    return upper, (found.nodes + more.nodes) // len(centre), best
+    rows = replace(start.rows, high=student.joined(reference), low=reference.joined(student))
+    return replace(start, rows=rows, reference=reference, student=student)
 
 
-class _Search:
+class Search:
+    """Branch and bound from `roots`; what is at most the `floor` (Q) of its image is left alone.
+
+    With `keep`, the leaves are kept, with their sound bounds. `reached` says at which limit the
+    search is, if at any: it ends there, and `stopped` is that limit.
+    """
+
     def __init__(
-        self, relaxed: Relaxed, start: gap.Directions, floor: Tensor, budget: Budget
+        self,
+        setting: Setting,
+        roots: Nodes,
+        floor: Tensor,
+        *,
+        keep: bool = False,
+        reached: Callable[[], Limit | None] = nothing_ends,
     ) -> None:
-        self.relaxed, self.budget = relaxed, budget
-        self.switches = Switches.of(relaxed)
-        self.images = len(relaxed.ball.centre)
-        self.floor = floor.clone()
-        self.best = relaxed.ball.centre.clone()
+        self.setting, self.open = setting, roots
+        self.leaves: list[Nodes] | None = [] if keep else None
+        self.floor, self.shape = floor.clone(), setting.relaxed.joint.input_shape
+        self.upper = torch.full_like(floor, -torch.inf)
+        self.best = floor.new_zeros((len(floor), *self.shape))
+        self.best[roots.image] = setting.relaxed.ball.centre[roots.image]
+        self.left = torch.zeros_like(floor, dtype=torch.bool)
+        self.reached = reached
+        self.stopped: Limit | None = None
         self.spent = 0
-        self.nodes = self._roots(start)
-        self.used = len(self.nodes)
+        kept = setting.relaxed.kept
+        self.kept = None if kept is None else kept.search(setting, roots)
+        if self.kept is not None:
+            self.kept.name(roots)
 
-    def run(self) -> Searched:
-        """Split the worst nodes of every image, round by round."""
-        roots = (self.nodes.bound > self._enough()[self.nodes.image]).nonzero()[:, 0]
-        if len(roots):
-            self.nodes.put(roots, self._evaluated(self.nodes.take(roots), ROOT_STEPS))
-        while self.spent < self.budget.nodes * self.images:
-            which = self._worst()
-            if len(which) == 0:
-                break
-            parents = self.nodes.take(which)
-            first, second = (
-                self._bounded(self._sharpened(parents, child)) for child in parents.split()
-            )
-            self.nodes.put(which, first)
-            self._append(second)
-        used = slice(0, self.used)
-        upper = torch.zeros_like(self.floor)
-        upper = upper.scatter_reduce(0, self.nodes.image[used], self.nodes.bound[used], "amax")
-        return Searched(upper, self.spent, self.best)
+    def run(self, nodes: int) -> Searched:
+        """Split the worst nodes of every question, round by round, up to `nodes` in all."""
+        self.spent = len(self.open)
+        self.open = self._settled(self.open, ROOT_STEPS, ROOT_RATES)
+        while self.spent < nodes and len(self.open) and not self._ended():
+            chosen = self._worst()
+            parents, rest = self.open.take(chosen), self.open.take(~chosen)
+            children, parents = self._branched(parents)
+            self.spent += len(children)
+            self.open = rest.joined(self._settled(children, STEPS, RATES, parents))
+        self.left[self.open.image] = True
+        self._close(self.open)
+        return Searched(self.upper, self.spent, self.best, self.left)
 
-    def _enough(self) -> Tensor:
-        return torch.maximum(self.floor * (1.0 + RELATIVE), self.floor + ABSOLUTE)
+    def _ended(self) -> bool:
+        """Whether a limit was reached; then it stays so."""
+        if self.stopped is None:
+            self.stopped = self.reached()
+        return self.stopped is not None
 
     def _worst(self) -> Tensor:
-        """The WIDTH open nodes of the largest bounds of each image."""
-        used = slice(0, self.used)
-        bound, image = self.nodes.bound[used], self.nodes.image[used]
-        splits = self.nodes.score[used].amax(1) > 0.0
-        which = (splits & (bound > self._enough()[image])).nonzero()[:, 0]
-        order = which[bound[which].argsort(descending=True)]
-        order = order[image[order].argsort(stable=True)]
-        counts = torch.bincount(image[order], minlength=self.images)
-        rank = torch.arange(len(order), device=order.device)
-        rank = rank - (counts.cumsum(0) - counts)[image[order]]
-        return order[rank < WIDTH]
+        """Which open nodes are among the WIDTH of the largest bounds of their image (bool N)."""
+        order = self.open.bound.argsort(descending=True, stable=True)
+        order = order[self.open.image[order].argsort(stable=True)]
+        image = self.open.image[order]
+        counts = torch.bincount(image, minlength=len(self.floor))
+        rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[image]
+        chosen = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+        chosen[order[rank < WIDTH]] = True
+        return chosen
 
-    def _append(self, more: Nodes) -> None:
-        need = self.used + len(more)
-        if need > len(self.nodes):
-            room = torch.zeros(max(need, 2 * self.used) - len(self.nodes), dtype=torch.int64)
-            self.nodes = self.nodes.joined(self.nodes.take(room.to(more.image.device)))
-        places = torch.arange(self.used, need, device=more.image.device)
-        self.nodes.put(places, more)
-        self.used = need
+    def _branched(self, parents: Nodes) -> tuple[Nodes, Nodes]:
+        """All children that are not empty, and the parent of each."""
+        rate = self.setting.quick.up[parents.image]
+        chosen = parents.score.argmax(1)
+        children = parents.split(chosen, rate)
+        alive = (children.bound > -torch.inf).nonzero()[:, 0]
+        if self.kept is not None:
+            self.kept.divide(parents, chosen, children)
+            self.kept.evaluated(children.take(children.bound == -torch.inf))
+        return children.take(alive), parents.take(alive % len(parents))
 
-    def _sharpened(self, parents: Nodes, children: Nodes) -> Nodes:
-        """Children with the margins that follow from a switch that was fixed."""
-        chosen, joint = parents.chosen, self.relaxed.joint
-        alive = children.bound > self._enough()[children.image]
-        boxes = {}
-        for output in (joint.reference, joint.student):
-            feeds = torch.nn.functional.pad(self.switches.feeds[output], (0, 2))
-            which = (feeds[chosen] & alive).nonzero()[:, 0]
-            student = children.student_high == (output == joint.student)
-            box = Margins(
-                torch.where(student, children.high_lo, children.low_lo),
-                torch.where(student, children.high_hi, children.low_hi),
-            )
-            boxes[output] = self._margins(children, which, output, box)
-        a, b, student = boxes[joint.student], boxes[joint.reference], children.student_high
-        high = Margins(torch.where(student, a.lo, b.lo), torch.where(student, a.hi, b.hi))
-        low = Margins(torch.where(student, b.lo, a.lo), torch.where(student, b.hi, a.hi))
-        return children.within(high, low)
-
-    def _margins(self, nodes: Nodes, which: Tensor, output: Index, box: Margins) -> Margins:
-        """The largest margins of one network in the nodes at `which`, bounded anew."""
-        lo, hi = box.lo.clone(), box.hi.clone()
-        if len(which) == 0:
-            return box
-        joint, ball = self.relaxed.joint, self.relaxed.ball
-        some = nodes.take(which)
-        top = hi[which].topk(min(MARGINS, hi.shape[1]), 1).indices
-        n, count = top.shape
-        rows = torch.zeros((n, count, joint.classes), dtype=torch.float64, device=lo.device)
-        others = Items(some.image, some.klass).others(joint.classes)
-        rows.scatter_(2, others.gather(1, top)[..., None], 1.0)
-        rows.scatter_(2, some.klass[:, None, None].expand(n, count, 1), -1.0)
-        rows = torch.stack((rows, -rows), 1).view(-1, joint.classes)
-        each = torch.arange(n, device=lo.device).repeat_interleave(2 * count)
-        lines = self.switches.lines(some, self.switches.lower_slope[some.image])
-        bounds = []
-        for part in torch.split(torch.arange(len(rows), device=lo.device), _ROWS):
-            relaxed = Relaxed(joint, ball, [], self.relaxed.scales, lines, each=each[part])
-            plane = backward(relaxed, [(output, Form(rows[part]))], some.image[each[part]])
-            bounds.append(plane.highest(ball))
-        above = torch.cat(bounds).view(n, 2, count)
-        hi[which] = hi[which].scatter_reduce(1, top, above[:, 0], "amin")
-        lo[which] = lo[which].scatter_reduce(1, top, -above[:, 1], "amax")
-        return Margins(lo, hi)
-
-    def _bounded(self, children: Nodes) -> Nodes:
-        """Children with bounds of their own, never above their parent's."""
-        alive = (children.bound > self._enough()[children.image]).nonzero()[:, 0]
-        self.spent += len(children)
-        if len(alive):
-            known = children.take(alive)
-            found = self._evaluated(known, STEPS)
-            found.bound.copy_(torch.minimum(found.bound, known.bound))
-            children.put(alive, found)
-        return children
-
-    def _roots(self, start: gap.Directions) -> Nodes:
-        rows, n = start.rows, len(start.upper)
-        image = rows.items.image
-        where, steep, weights = (value.clone() for value in start.parameters)
-        high, low = Band.of(rows.high), Band.of(rows.low)
-        m = self.switches.open_.shape[1]
-        return Nodes(
-            image, rows.items.klass, rows.student_high,
-            rows.high.lo, rows.high.hi, rows.low.lo, rows.low.hi,
-            high.lo, high.hi, low.lo, low.hi,
-            image.new_zeros((n, m), dtype=torch.int8),
-            self.switches.lower_slope[image].float(),
-            where.new_zeros((n, m), dtype=torch.float32),
-            where.new_ones(n, dtype=torch.float32),
-            where, steep, weights,
-            start.upper.clone(),
-            where.new_zeros((n, m + 2), dtype=torch.float32),
-        )  # fmt: skip
-
-    def _evaluated(self, nodes: Nodes, steps: int) -> Nodes:
-        width = max(1, self.switches.open_.shape[1] + self.best[0].numel())
-        size = max(8, _CHUNK_BYTES // (8 * _COPIES * width))
+    def _settled(
+        self, nodes: Nodes, steps: int, rates: Rates, parents: Nodes | None = None
+    ) -> Nodes:
+        """The nodes with parameters of their own; those that need no more splits are closed."""
         parts = [
-            self._descended(nodes.take(which), steps)
-            for which in torch.split(torch.arange(len(nodes), device=nodes.image.device), size)
+            self._one(nodes.take(which), steps, rates)
+            for which in chunks(len(nodes), _ROWS, nodes.image.device)
         ]
-        joined = parts[0]
-        for part in parts[1:]:
-            joined = joined.joined(part)
-        return joined
+        if not parts:
+            return nodes
+        found = parts[0].joined(*parts[1:])
+        worse = (found.bound > nodes.bound + 1e-6).nonzero()[:, 0]
+        if parents is not None and len(worse):
+            # What an ancestor's parameters say holds too.
+            if self.kept is not None:
+                self.kept.evaluated(parents.take(worse))
+            found.cap[worse] = torch.minimum(
+                found.cap[worse], verified(self.setting, parents.take(worse))
+            )
+        found = replace(found, bound=torch.minimum(found.bound, nodes.bound))
+        over = (found.bound > enough(self.floor)[found.image]) & (found.score.amax(1) > 0.0)
+        self._close(found.take(~over))
+        return found.take(over)
 
-    def _descended(self, nodes: Nodes, steps: int) -> Nodes:
-        """The least bound in a few steps of descent, the last parameters, and scores."""
-        descent = Descent(self.relaxed, self.switches, nodes)
-        best, score = nodes.bound, torch.zeros_like(nodes.score)
-        for step in range(steps):
-            value, plane = descent.bound()
-            best = torch.minimum(best, value)
-            if step >= steps - 2:
-                score += self._explained(descent, nodes, plane.corner(self.relaxed.ball))
-            if step < steps - 1:
-                descent.improve()
-        return descent.finished(nodes, best, score)
+    def _one(self, nodes: Nodes, steps: int, rates: Rates) -> Nodes:
+        """The nodes after their descent; at a limit, as they are."""
+        if self._ended():
+            self.left[nodes.image[nodes.bound > enough(self.floor)[nodes.image]]] = True
+            return nodes
+        return self._noted(self._descended(nodes, steps, rates))
 
-    def _explained(self, descent: Descent, nodes: Nodes, corner: Tensor) -> Tensor:
-        """What each split would concern (N×(M+2)); takes note of the gaps at `corner`."""
-        z, reference, student = self.switches.at(self.relaxed.joint, corner)
-        score, gaps = descent.scores(nodes, z, reference, student)
-        gaps = torch.where(gaps.isnan(), -1.0, gaps)
-        top = self.floor.scatter_reduce(0, nodes.image, gaps, "amax")
-        raised = (gaps > self.floor[nodes.image]) & (gaps >= top[nodes.image])
-        self.best[nodes.image[raised]] = corner[raised]
+    def _descended(self, nodes: Nodes, steps: int, rates: Rates) -> Descended:
+        go_on()
+        descent = Descent(self.setting, nodes, rates)
+        if rates is ROOT_RATES:
+            descent.rescaled(FACTORS)
+        return descent.run(steps)
+
+    def _noted(self, found: Descended) -> Nodes:
+        """Take note of the largest values at the points that were looked at."""
+        image, gaps = found.nodes.image, found.gap.double()
+        top = self.floor.scatter_reduce(0, image, gaps, "amax")
+        raised = (gaps > self.floor[image]) & (gaps >= top[image])
+        self.best[image[raised]] = found.point[raised].double().view(-1, *self.shape)
         # A little less than what was seen: it was seen in rounded arithmetic.
-        self.floor = torch.maximum(self.floor, top - 1e-9)
-        return score
+        self.floor = torch.maximum(self.floor, top - 1e-5)
+        return found.nodes
+
+    def _close(self, nodes: Nodes) -> None:
+        """What these nodes say, in float64, is part of the bound."""
+        for which in chunks(len(nodes), _ROWS, nodes.image.device):
+            some = nodes.take(which)
+            value = torch.minimum(verified(self.setting, some), some.cap)
+            self.upper = self.upper.scatter_reduce(0, some.image, value, "amax")
+            if self.kept is not None:
+                self.kept.evaluated(some)
+            if self.leaves is not None:
+                self.leaves.append(replace(some, bound=value))
+
+
+def enough(floor: Tensor) -> Tensor:
+    """What a bound need not be below where gaps of `floor` (Q) are attained."""
+    return torch.maximum(floor * (1.0 + RELATIVE), floor + ABSOLUTE)
+
+
+def roots_of(setting: Setting, start: gap.Directions) -> Nodes:
+    """Both directions of every item as nodes that fix nothing."""
+    rows, n = start.rows, len(start.upper)
+    image = rows.items.image
+    where, steep, weights = start.parameters
+    high, low = Band.of(rows.high), Band.of(rows.low)
+    m = setting.columns.width
+    nothing = where.new_zeros((n, m), dtype=torch.float32)
+    return Nodes(
+        image, rows.items.klass, rows.student_high,
+        rows.high.lo, rows.high.hi, rows.low.lo, rows.low.hi,
+        high.lo, high.hi, low.lo, low.hi,
+        nothing.to(torch.int8), setting.quick.low[image], nothing,
+        torch.ones_like(steep, dtype=torch.float32), torch.sigmoid(where).float(),
+        steep.exp().float(), weights.exp().float(),
+        start.upper.clone(), start.upper.clone(),
+        where.new_zeros((n, m + 2 + where.shape[1]), dtype=torch.float32), torch.zeros_like(image),
+    )  # fmt: skip

@@ -64,7 +64,9 @@ class Band:
         most = (-self.lo).exp()
         # What float64 cannot hold is no limit at all, and nothing is never the most.
         most = torch.where(most < _HUGE, most * (1.0 + _RELAXED), torch.inf).clamp(min=1.0 / _HUGE)
-        return _exp(-self.hi) * (1.0 - _RELAXED), most
+        # What is left of a few digits is no least either.
+        least = _exp(-self.hi) * (1.0 - _RELAXED)
+        return torch.where(least > 1.0 / _HUGE, least, 0.0), most
 
 
 _RELAXED = 1e-9
@@ -155,12 +157,17 @@ def lower_constant(box: Margins, weights: Tensor, band: Band | None = None) -> T
 
     A `band` limits the sum of the exponentials. For a fixed sum, -μ·b is convex in the
     exponentials, so that ends of all coordinates but one are still enough; -inf where nothing is
-    left.
+    left. The sum is nowhere less than the band's least one: below it, -1/(1+s) may be replaced by
+    its tangent there, which is what keeps the first-order terms small in a narrow band.
+    Never above the sum of both terms' own suprema.
     """
     with torch.no_grad():
         best = _worst_point(box, weights.detach(), band)
+        least = Band.of(box).lo if band is None else band.lo
     fixed = best.value + (weights.detach() * best.at).sum(-1)
-    return fixed - (weights * best.at).sum(-1)
+    # What the classes beyond the enumerated ones add to first order can exceed all there is.
+    plain = -torch.sigmoid(_below(least)) - (weights * box.lo).sum(-1)
+    return torch.minimum(fixed - (weights * best.at).sum(-1), plain)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,21 +180,24 @@ def _worst_point(box: Margins, weights: Tensor, band: Band | None) -> _Point:
     order = box.hi.argsort(-1, descending=True)
     lo, hi, mu = (value.gather(-1, order) for value in (box.lo, box.hi, weights))
     top = min(lo.shape[-1], _CORNERS)
-    rest, rest_at = _rest(lo, hi, mu, top)
-    corners = _edges(top, lo.device)
-    ends = torch.where(corners, hi[:, None, :top], lo[:, None, :top])
-    free = torch.arange(len(corners), device=lo.device) // (len(corners) // top)
+    bent = 1.0 + _exp(lo).sum(-1, keepdim=True)
+    least = most = None
+    if band is not None:
+        least, most = (mass[:, None] for mass in band.masses())
+        bent = torch.maximum(bent, 1.0 + least)
+    rest, rest_at = _rest(lo, hi, mu, top, bent)
+    edges, free = corners(top, lo.device)
+    ends = torch.where(edges, hi[:, None, :top], lo[:, None, :top])
     pick = free[None, :, None].expand(len(lo), -1, 1)
     held = ends.scatter(-1, pick, -torch.inf)
     others = _exp(held).sum(-1)
     least_rest = _exp(lo[:, top:]).sum(-1, keepdim=True)
     c = (1.0 + others + least_rest).clamp(max=_HUGE)
     mu_free, low_end, high_end = mu[:, free], lo[:, free], hi[:, free]
-    if band is not None:
-        least, most = band.masses()
-        need = least[:, None] - others - _exp(hi[:, top:]).sum(-1, keepdim=True)
+    if least is not None and most is not None:
+        need = least - others - _exp(hi[:, top:]).sum(-1, keepdim=True)
         low_end = torch.maximum(low_end, need.clamp(min=0.0).log())
-        room = most[:, None] - others - least_rest
+        room = most - others - least_rest
         high_end = torch.minimum(high_end, room.clamp(min=0.0).log())
     empty = low_end > _above(high_end)
     q = (1.0 + (1.0 - 4.0 * c * mu_free).clamp(min=0.0).sqrt()) / 2.0
@@ -196,10 +206,11 @@ def _worst_point(box: Margins, weights: Tensor, band: Band | None) -> _Point:
     turn = torch.minimum(torch.maximum(turn, low_end), high_end)
     b = torch.stack((low_end, high_end, turn))
     linear = (mu[:, None, :top] * ends.scatter(-1, pick, 0.0)).sum(-1)
-    values = (-1.0 / (c + _exp(b)) - mu_free * b - linear).masked_fill(empty, -torch.inf)
+    fallen = _fallen(c + _exp(b), bent)
+    values = (fallen - mu_free * b - linear).masked_fill(empty, -torch.inf)
     value, which = values.transpose(0, 1).flatten(1).max(-1)
     rows = torch.arange(len(lo), device=lo.device)
-    edge = which % len(corners)
+    edge = which % len(edges)
     at_top = ends[rows, edge].scatter(
         -1, free[edge][:, None], b.transpose(0, 1).flatten(1)[rows, which][:, None]
     )
@@ -208,24 +219,34 @@ def _worst_point(box: Margins, weights: Tensor, band: Band | None) -> _Point:
 
 
 @cache
-def _edges(top: int, device: torch.device) -> Tensor:
-    """For each free class, all ends of the other `top` - 1 classes: bool (top 2^(top-1))×top."""
+def corners(top: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each free class, all ends of the other `top` - 1 classes: bool (top 2^(top-1))×top, and
+    which class is free in each row (int64)."""
     rows = [
         [*ends[:j], False, *ends[j:]]
         for j in range(top)
         for ends in product((False, True), repeat=top - 1)
     ]
-    return torch.tensor(rows, device=device)
+    edges = torch.tensor(rows, device=device)
+    return edges, torch.arange(len(edges), device=device) // (len(edges) // top)
 
 
 def _exp(x: Tensor) -> Tensor:
     return x.exp().clamp(max=_HUGE)
 
 
-def _rest(lo: Tensor, hi: Tensor, mu: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """First-order share of the classes beyond `top`: its supremum (N) and where it lies."""
+def _fallen(total: Tensor, bent: Tensor) -> Tensor:
+    """-1 / total, and below `bent` its tangent there: concave, rising, and never less."""
+    return torch.where(total < bent, (total - bent) / bent / bent - 1.0 / bent, -1.0 / total)
+
+
+def _rest(lo: Tensor, hi: Tensor, mu: Tensor, top: int, bent: Tensor) -> tuple[Tensor, Tensor]:
+    """First-order share of the classes beyond `top`: its supremum (N) and where it lies.
+
+    `bent` (N×1): nothing rises faster than -1 / (1 + s) does where 1 + s is that.
+    """
     exp_lo = _exp(lo)
-    rate = (1.0 + exp_lo.sum(-1, keepdim=True)) ** -2.0
+    rate = bent**-2.0
     ends = torch.stack((lo, hi))[:, :, top:]
     scores = rate * (_exp(ends) - exp_lo[:, top:]) - mu[:, top:] * ends
     best, which = scores.max(0)

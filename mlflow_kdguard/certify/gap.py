@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mlflow_kdguard.certify import confidence, margins, refine, split
+from mlflow_kdguard.certify import confidence, keep, margins, refine, split
 from mlflow_kdguard.certify.backward import Relaxed
 from mlflow_kdguard.certify.confidence import Margins
 from mlflow_kdguard.certify.margins import Items
 from mlflow_kdguard.certify.rounding import gamma
+from mlflow_kdguard.certify.setting import Setting
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,20 +124,32 @@ def _joined(
 ) -> tuple[split.Parameters, Tensor, Tensor]:
     """Multipliers, the least of `plain` and split bounds (N), and where its plane is highest."""
     best = torch.where(plain.isnan(), 1.0, plain)
+    notes = _notes(relaxed, rows) if refining else None
+    each = torch.arange(len(best), device=best.device)
     worst = relaxed.ball.centre[rows.items.image]
     parameters = split.search(rows, relaxed.ball)
     for values in (split.start(rows), parameters):
         bound, plane = split.joint_bound(relaxed, rows, split.multipliers(values, rows))
         worst = torch.where((bound < best).view(-1, 1, 1, 1), plane.corner(relaxed.ball), worst)
         best = torch.where(bound < best, bound, best)
+        if notes is not None:
+            notes.evaluated(keep.names(each), values)
     which = (best > refine.SMALL).nonzero()[:, 0]
     if refining and len(which):
         begin = [value[which] for value in parameters]
-        bound, corner = refine.refined(relaxed, rows.take(which), begin)
+        kept = None if notes is None else (notes, keep.names(which))
+        bound, corner = refine.refined(relaxed, rows.take(which), begin, kept)
         closer = bound < best[which]
         worst[which[closer]] = corner[closer]
         best[which[closer]] = bound[closer]
     return parameters, best, worst
+
+
+def _notes(relaxed: Relaxed, rows: split.Rows) -> keep.Halving | None:
+    if relaxed.kept is None:
+        return None
+    outputs = (relaxed.joint.student, relaxed.joint.reference)
+    return keep.Halving(relaxed.kept, Setting.of(relaxed, outputs), rows)
 
 
 def sound(gap: Tensor, relaxed: Relaxed) -> Tensor:

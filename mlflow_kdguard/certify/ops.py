@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mlflow_kdguard.certify.forms import Form, Shape, clean, dense, settle
-from mlflow_kdguard.certify.rounding import gamma
+from mlflow_kdguard.certify.rounding import TINY, gamma
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -287,9 +287,12 @@ def through_linear(op: Linear, boxes: tuple[Box, ...], terms: int) -> tuple[Box,
         torch.maximum(box.hi - middle, middle - box.lo) * (1.0 + 1e-15)
         for box, middle in zip(boxes, middles, strict=True)
     )
-    scale = op.spread(*(m.abs() + r for m, r in zip(middles, radii, strict=True)))
+    sizes = [m.abs() + r for m, r in zip(middles, radii, strict=True)]
+    # Products of tiny numbers underflow; those with nothing do not.
+    some = (op.spread(*((size > 0.0).to(size.dtype) for size in sizes)) > 0.0).to(sizes[0].dtype)
+    scale = op.spread(*sizes) + TINY * some
     offset = op.offset
     if offset is not None:
         scale = scale + offset.abs()
-    value, radius = op.value(*middles), op.spread(*radii) + gamma(terms) * scale
+    value, radius = op.value(*middles), op.spread(*radii) + gamma(terms) * scale + TINY * some
     return Box(value - radius, value + radius), scale

@@ -15,6 +15,7 @@ from mlflow_kdguard.certify import confidence
 from mlflow_kdguard.certify.backward import Relaxed
 from mlflow_kdguard.certify.ball import Ball
 from mlflow_kdguard.certify.joint import Index
+from mlflow_kdguard.certify.keep import Halving
 from mlflow_kdguard.certify.margins import Items
 from mlflow_kdguard.certify.split import Parameters, Rows, descend, joint_bound, multipliers
 
@@ -31,18 +32,31 @@ _COPIES = 12
 """Tensors that a differentiated pass keeps for each neuron."""
 
 
-def refined(relaxed: Relaxed, rows: Rows, begin: Parameters) -> tuple[Tensor, Tensor]:
+Notes = tuple[Halving, Tensor] | None
+"""Where a proof's parts are noted, and what the rows are called there (int64 N)."""
+
+
+def refined(
+    relaxed: Relaxed, rows: Rows, begin: Parameters, kept: Notes = None
+) -> tuple[Tensor, Tensor]:
     """Bounds (N), and where the largest part's plane is highest (N×C×H×W)."""
-    leaves = _evaluated(relaxed, _Leaves.roots(rows, begin))
+    notes = None if kept is None else kept[0]
+    leaves = _Leaves.roots(rows, begin)
+    leaves = _evaluated(relaxed, leaves if kept is None else replace(leaves, name=kept[1]), notes)
     n = len(begin[1])
     for _ in range(_rounds(relaxed)):
         worst = leaves.worst(n)
         worst = worst[leaves.bound[worst] > SMALL]
         if len(worst) == 0:
             break
-        children = leaves.take(worst).halves()
+        parents = leaves.take(worst)
+        children = parents.halves()
+        if notes is not None:
+            chosen, middle = parents.rows.halving()
+            named = notes.halve(parents.name, chosen[:, 0], middle[:, 0])
+            children = replace(children, name=named)
         known = children.bound
-        children = _evaluated(relaxed, children)
+        children = _evaluated(relaxed, children, notes)
         children = replace(children, bound=torch.minimum(known, children.bound))
         leaves = leaves.replaced(worst, children)
     worst = leaves.worst(n)
@@ -51,20 +65,22 @@ def refined(relaxed: Relaxed, rows: Rows, begin: Parameters) -> tuple[Tensor, Te
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Leaves:
-    """Parts of all rows: whose they are, their boxes, parameters, bound and worst point."""
+    """Parts of all rows: whose they are, their boxes, parameters, bound and worst point, and what a
+    proof calls them."""
 
     owner: Tensor
     rows: Rows
     parameters: Parameters
     bound: Tensor
     corner: Tensor
+    name: Tensor
 
     @classmethod
     def roots(cls, rows: Rows, begin: Parameters) -> "_Leaves":
         """Every row whole."""
         owner = torch.arange(len(begin[1]), device=begin[1].device)
         rows = rows.without_planes()
-        return cls(owner, rows, begin, torch.ones_like(begin[1]), begin[1])
+        return cls(owner, rows, begin, torch.ones_like(begin[1]), begin[1], owner)
 
     def worst(self, n: int) -> Tensor:
         """The leaf of the largest bound of each of the `n` rows: int64 n."""
@@ -82,6 +98,7 @@ class _Leaves:
             [value[which] for value in self.parameters],
             self.bound[which],
             self.corner[which],
+            self.name[which],
         )
 
     def halves(self) -> "_Leaves":
@@ -100,17 +117,15 @@ class _Leaves:
             [torch.cat(pair) for pair in zip(old.parameters, new.parameters, strict=True)],
             torch.cat((old.bound, new.bound)),
             torch.cat((old.corner, new.corner)),
+            torch.cat((old.name, new.name)),
         )
 
 
-def _evaluated(relaxed: Relaxed, leaves: _Leaves) -> _Leaves:
+def _evaluated(relaxed: Relaxed, leaves: _Leaves, notes: Halving | None) -> _Leaves:
     """The leaves with bounds, worst points, and the parameters that they ended with."""
     size = max(8, _CHUNK_BYTES // (8 * _COPIES * _neurons(relaxed)))
     each = torch.arange(len(leaves.owner), device=leaves.owner.device)
-    found = [
-        _bound(relaxed, leaves.rows.take(which), [value[which] for value in leaves.parameters])
-        for which in torch.split(each, size)
-    ]
+    found = [_bound(relaxed, leaves.take(which), notes) for which in torch.split(each, size)]
     return replace(
         leaves,
         bound=torch.cat([part[0] for part in found]),
@@ -128,8 +143,11 @@ def _rounds(relaxed: Relaxed) -> int:
     return max(min(ROUNDS, LEAST_ROUNDS), min(ROUNDS, 2_000 * ROUNDS // _neurons(relaxed)))
 
 
-def _bound(relaxed: Relaxed, rows: Rows, begin: Parameters) -> tuple[Tensor, Tensor, Parameters]:
+def _bound(
+    relaxed: Relaxed, leaves: _Leaves, notes: Halving | None
+) -> tuple[Tensor, Tensor, Parameters]:
     """The least bound seen in a few steps, where it is attained, and the last parameters."""
+    rows, begin = leaves.rows, leaves.parameters
     own = Own.of(relaxed, rows)
     parameters = [value.clone().requires_grad_() for value in begin]
     optimiser = torch.optim.Adam(
@@ -145,6 +163,7 @@ def _bound(relaxed: Relaxed, rows: Rows, begin: Parameters) -> tuple[Tensor, Ten
     )
     best = torch.where(best.isnan(), 1.0, best)
     worst = own.relaxed.ball.centre
+    found = Found.of(parameters, own)
     for _ in range(STEPS):
         with torch.enable_grad():
             own.install()
@@ -153,10 +172,39 @@ def _bound(relaxed: Relaxed, rows: Rows, begin: Parameters) -> tuple[Tensor, Ten
         corner = plane.corner(own.relaxed.ball)
         worst = torch.where(closer.view(-1, 1, 1, 1), corner, worst)
         best = torch.where(closer, value.detach(), best)
+        if notes is not None:
+            found = found.closer(closer, parameters, own)
         descend(optimiser, value)
         for slope in own.slopes.values():
             slope.data.clamp_(0.0, 1.0)
+    if notes is not None:
+        notes.evaluated(leaves.name, found.parameters, found.slopes)
     return best, worst, [value.detach() for value in parameters]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """Parameters and slopes of the least bound so far."""
+
+    parameters: Parameters
+    slopes: dict[Index, Tensor]
+
+    @classmethod
+    def of(cls, parameters: Parameters, own: "Own") -> "Found":
+        """The present ones."""
+        slopes = {i: own.relaxed.lines[i].lower_slope.detach() for i in own.slopes}
+        return cls([value.detach().clone() for value in parameters], slopes)
+
+    def closer(self, rows: Tensor, parameters: Parameters, own: "Own") -> "Found":
+        """The present ones in `rows` (bool N), these elsewhere."""
+        new = Found.of(parameters, own)
+
+        def chosen(now: Tensor, before: Tensor) -> Tensor:
+            return torch.where(rows.view(-1, *[1] * (now.dim() - 1)), now, before)
+
+        both = zip(new.parameters, self.parameters, strict=True)
+        slopes = {i: chosen(new.slopes[i], self.slopes[i]) for i in self.slopes}
+        return Found([chosen(now, before) for now, before in both], slopes)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,11 +1,12 @@
 """From bounds to the record: statuses, the null model, and the summary over all drawn images."""
 
-import time
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mlflow_kdguard.certify.budget import Limit
 from mlflow_kdguard.config import CertifySection
 from mlflow_kdguard.files import sha256
 from mlflow_kdguard.records import (
@@ -20,7 +21,7 @@ from mlflow_kdguard.records import (
 )
 
 SKIPPED = "skipped"
-"""Method of an image for which no time was left."""
+"""Method of an image that was not bounded: `stopped` says why."""
 
 SHARES = (0.05, 0.1, 0.2, 0.3)
 """Gaps that the summary gives shares for, beside delta."""
@@ -40,11 +41,6 @@ class Question:
     nonce: str
     device: str
     indices: tuple[int, ...]
-    began: float = field(default_factory=time.monotonic)
-
-    def elapsed(self) -> float:
-        """Seconds since the question was asked."""
-        return time.monotonic() - self.began
 
     def seed(self, index: int) -> int:
         """Seed of the witness search that starts with image `index`."""
@@ -54,16 +50,27 @@ class Question:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judged:
-    """One image: the reference's confidences (K) at it, and both bounds."""
+    """One image: the reference's confidences (K) at it, and both bounds.
+
+    `bound` speaks of the real functions, `float32_margin` of onnxruntime's rounding.
+    """
 
     index: int
     label: int
     confidences: NDArray[np.float64]
     lower: float
-    upper: float
+    bound: float
+    float32_margin: float
     method: str
     nodes: int
     seconds: float
+    stopped: Limit | None = None
+
+    @property
+    def upper(self) -> float:
+        """No gap that onnxruntime computes exceeds it; a sum that is not below 1 is 1."""
+        total = math.nextafter(self.bound + self.float32_margin, math.inf)
+        return min(1.0, total)  # Not a number: 1.
 
     @property
     def top(self) -> int:
@@ -79,7 +86,9 @@ class Judged:
         return Status.REFUTED if self.lower > delta else Status.UNDECIDED
 
 
-def summarise(question: Question, judged: list[Judged]) -> CertifyReport:
+def summarise(
+    question: Question, judged: list[Judged], *, interrupted: bool = False
+) -> CertifyReport:
     """The report over all drawn images."""
     config = question.config
     return CertifyReport(
@@ -97,6 +106,7 @@ def summarise(question: Question, judged: list[Judged]) -> CertifyReport:
         samples=tuple(_sample(item, config.delta) for item in judged),
         control=_control(judged, config),
         summary=_summary(judged, config.delta),
+        interrupted=interrupted,
     )
 
 
@@ -106,11 +116,14 @@ def _sample(item: Judged, delta: float) -> CertifiedSample:
         label=item.label,
         reference_class=item.top,
         lower=item.lower,
+        bound=item.bound,
+        float32_margin=item.float32_margin,
         upper=item.upper,
         status=item.status(delta),
         method=item.method,
         nodes=item.nodes,
         seconds=item.seconds,
+        stopped=item.stopped,
     )
 
 
@@ -134,6 +147,8 @@ def _summary(judged: list[Judged], delta: float) -> CertifySummary:
     return CertifySummary(
         n=len(judged),
         lower_mean=float(np.mean([item.lower for item in judged])),
+        bound_mean=float(np.mean([item.bound for item in judged])),
+        float32_margin_mean=float(np.mean([item.float32_margin for item in judged])),
         upper_mean=float(upper.mean()),
         upper_p95=float(np.quantile(upper, 0.95, method="higher")),
         upper_max=float(upper.max()),

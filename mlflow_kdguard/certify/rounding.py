@@ -16,6 +16,10 @@ UNIT = 2.0**-53
 TINY = 1e-300
 """Absolute floor that covers underflow, also where the hardware flushes to zero."""
 
+UNDERFLOW = 1e-290
+"""What a functional loses at most for each unit of the values that it is of: coefficients that
+underflow, 2^-1022 for each product, in every one of up to 1e17 products."""
+
 _SLACK = 4
 """Covers second-order terms and the rounding of the error terms themselves."""
 

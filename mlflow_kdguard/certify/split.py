@@ -45,11 +45,8 @@ class Rows:
         What is known of the difference of the margins narrows the high network's box as well.
         """
         low = self.low
-        middle = (low.lo + low.hi) / 2
-        share = torch.softmax(middle, -1) * (low.hi - low.lo)
-        chosen = share.argmax(-1, keepdim=True)
-        at = middle.gather(1, chosen)
-        both = self.take(torch.arange(len(share), device=share.device).repeat(2))
+        chosen, at = self.halving()
+        both = self.take(torch.arange(len(at), device=at.device).repeat(2))
         upper_half = Margins(low.lo.scatter(1, chosen, at), low.hi)
         lower_half = Margins(low.lo, low.hi.scatter(1, chosen, at))
         lo, hi = (
@@ -60,6 +57,14 @@ class Rows:
             torch.minimum(both.high.hi, up(hi + both.difference.hi)),
         )
         return replace(both, low=Margins(lo, hi), high=high)
+
+    def halving(self) -> tuple[Tensor, Tensor]:
+        """Which low margin `halves` divides, and where (N×1 each)."""
+        low = self.low
+        middle = (low.lo + low.hi) / 2
+        share = torch.softmax(middle, -1) * (low.hi - low.lo)
+        chosen = share.argmax(-1, keepdim=True)
+        return chosen, middle.gather(1, chosen)
 
     def without_planes(self) -> "Rows":
         """The rows for the real pass, which needs no planes of single margins."""

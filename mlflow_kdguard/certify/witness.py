@@ -14,6 +14,7 @@ from torch import Tensor
 from mlflow_kdguard.adversary.pgd import ascend
 from mlflow_kdguard.certify.ball import Ball
 from mlflow_kdguard.certify.joint import Joint
+from mlflow_kdguard.certify.parallel import go_on
 from mlflow_kdguard.errors import SoundnessError
 from mlflow_kdguard.graph import Graph, evaluate
 
@@ -159,6 +160,7 @@ def _ascend(
     points, values = [], []
     dtype = torch.float32
     for at in range(0, len(rows.image), _ROWS):
+        go_on()
         image, klass, sign, start = (
             value[at : at + _ROWS] for value in (rows.image, rows.klass, rows.sign, rows.start)
         )

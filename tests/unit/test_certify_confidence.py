@@ -1,12 +1,14 @@
 """Constants of the Lagrangian split against sampling, and the closed forms they must meet."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
 
 from mlflow_kdguard.certify import confidence
 from mlflow_kdguard.certify.confidence import Band, Margins
+from mlflow_kdguard.proof import confidence as checks
 
 M = (1, 2, 4, 8)
 
@@ -157,6 +159,37 @@ def test_the_lower_constant_of_a_band_is_attained(m):
     known = best.isfinite()
     assert int(known.sum()) > 10
     torch.testing.assert_close(constant[known], best[known], atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("checker", [False, True])
+def test_a_narrow_band_is_not_blurred_by_the_classes_that_are_not_enumerated(checker):
+    """The exact supremum, by all ends of all coordinates but one, for each of many sums."""
+    m, n = 8, 30
+    box, weights = boxes(n, m, 51, width=4.0), drawn_weights(n, m, 52)
+    whole = Band.of(box)
+    lo = whole.lo + 0.2 * (whole.hi - whole.lo)
+    band = Band(lo, lo + 0.05 * (whole.hi - whole.lo))
+    tight, inside = confidence.tightened(box, band)
+    if checker:
+        part = checks.Part(*(v.numpy() for v in (tight.lo, tight.hi, inside.lo, inside.hi)))
+        constant = torch.from_numpy(checks.lower_constant(part, weights.numpy()))
+    else:
+        constant = confidence.lower_constant(tight, weights, inside)
+    corners = torch.tensor(list(product((0.0, 1.0), repeat=m - 1)), dtype=torch.float64)
+    sums = torch.exp(-torch.stack([inside.lo.lerp(inside.hi, t) for t in torch.linspace(0, 1, 21)]))
+    best = torch.full((n,), -torch.inf, dtype=torch.float64)
+    for free in range(m):
+        others = [j for j in range(m) if j != free]
+        b = tight.lo[:, None, others].lerp(tight.hi[:, None, others], corners)
+        own = (sums[:, :, None] - b.exp().sum(-1)).log()
+        fits = (own >= tight.lo[:, free, None]) & (own <= tight.hi[:, free, None])
+        value = -1.0 / (1.0 + sums[:, :, None]) - weights[:, free, None] * own
+        value = value - (weights[:, None, others] * b).sum(-1)
+        best = torch.maximum(best, torch.where(fits, value, -torch.inf).amax((0, 2)))
+    assert bool((best > -torch.inf).all())
+    assert bool((constant >= best - 1e-9).all())
+    # With the tangent at the box's own least sum this is .085.
+    assert float((constant - best).max()) < 0.025
 
 
 def test_a_band_outside_of_the_box_is_empty():
