@@ -1,5 +1,6 @@
 """A certificate that passes the packaged policy, and the pieces to spoil it with."""
 
+import math
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any
@@ -15,9 +16,11 @@ from mlflow_kdguard.records import (
     Decision,
     FaithfulFigure,
     Figures,
+    Flips,
     Model,
     Paired,
     Parity,
+    PatchFigure,
     Rate,
     ReferenceGap,
     Signatory,
@@ -61,6 +64,25 @@ def faithful(**changes: Any) -> FaithfulFigure:
         "indices": indices(), "control": Control(gap_mean=0.85, within=Rate(k=0, n=SAMPLES)),
     }  # fmt: skip
     return FaithfulFigure(**(values | changes))
+
+
+def smoothed(**changes: Any) -> FaithfulFigure:
+    """The same of the pair under noise."""
+    kind = {"method": "smoothed", "norm": "l2", "eps": 0.25, "delta": 0.3, "sigma": 0.25}
+    return faithful(**(kind | {"error": 0.001} | changes))
+
+
+def patch(**changes: Any) -> PatchFigure:
+    """Patches of 3×3 pixels in one corner, which may flip 2 of 100 images."""
+    values: dict[str, Any] = {
+        "student": Model(sha256=STUDENT), "target": 0, "size": 3, "positions": ((25, 25),),
+        "margin": 1e-4, "each": Flips(attack=1, certified=2, n=SAMPLES),
+        "universal": Flips(attack=1, certified=1, n=SAMPLES), "selection": "uniform-seeded",
+        "population": 900, "nonce": "", "data": TEST,
+    } | changes  # fmt: skip
+    told = (STUDENT, TEST.sha256, f"target={values['target']}", values["nonce"])
+    ranks = draw(values["population"], values["each"].n, *told)
+    return PatchFigure(**({"ranks": ranks} | values))
 
 
 def gap(**changes: Any) -> ReferenceGap:
@@ -118,6 +140,11 @@ def imported(**changes: Any) -> Certificate:
 def packaged() -> Policy:
     """The packaged policy."""
     return load()
+
+
+def packaged_confidence() -> float:
+    """Of each bound at the first attempt."""
+    return 1.0 - 0.05 * 6.0 / math.pi**2
 
 
 def decided(made: Certificate | None, policy: Policy | None = None, **grants: Any) -> Decision:

@@ -20,11 +20,20 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("making:export", "Export a network to ONNX and compare before believing it."),
     "measure": ("judging:measure", "Accuracy and attack success rates on the ONNX bytes."),
     "certify": ("judging:certify", "Bounds on the confidence gap between reference and student."),
+    "export-query": (
+        "queries:export_query",
+        "The question behind `certify` as ONNX and VNN-LIB files for other solvers.",
+    ),
+    "certify-smooth": (
+        "smooth:certify_smooth",
+        "Bounds on the gap of two smoothed networks, of any size.",
+    ),
+    "certify-patch": ("patch:certify_patch", "Attack success of any patch, proved from above."),
     "keygen": ("keys:keygen", "Make a signing key with an owner and a role."),
     "key": ("keys:key", "End a key: retire it, or declare it compromised."),
     "attest": ("attest:attest", "Sign a certificate for a model file."),
     "check": (
-        "attest:check",
+        "check:check",
         "Check a certificate against a file; needs neither torch nor mlflow.",
     ),
     "verify": (

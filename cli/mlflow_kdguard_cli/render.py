@@ -3,6 +3,7 @@ anything printed."""
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,8 +20,11 @@ from mlflow_kdguard.records import (
     AuditReport,
     CertifyReport,
     Decision,
+    Flips,
     Measurement,
+    PatchReport,
     Rate,
+    SmoothReport,
     silent,
 )
 from mlflow_kdguard.records import Progress as Listener
@@ -213,6 +217,8 @@ def certified(value: CertifyReport) -> None:
         ("", "mean", "95th percentile", "largest"),
         [
             ("witness (lower)", f"{s.lower_mean:.4f}", "", ""),
+            ("bound of the real functions", f"{s.bound_mean:.4f}", "", ""),
+            ("float32 margin", f"{s.float32_margin_mean:.4f}", "", ""),
             (
                 "certified (upper)",
                 f"{s.upper_mean:.4f}",
@@ -222,8 +228,63 @@ def certified(value: CertifyReport) -> None:
             ("constant network", f"{value.control.gap_mean:.4f}", "", ""),
         ],
     )
+    ended = Counter[str](sample.stopped for sample in value.samples if sample.stopped is not None)
+    if ended:
+        told = ", ".join(f"{count} images by {limit}" for limit, count in sorted(ended.items()))
+        say(f"not searched to the end: {told}")
+    if value.interrupted:
+        late = sum(sample.method == "skipped" for sample in value.samples)
+        say(f"INTERRUPTED: {late} of {s.n} images were not bounded; this report is not attested")
     proved = Rate(k=sum(sample.status == "PROVED" for sample in value.samples), n=s.n)
     say(
         f"gap <= {value.delta:g} proved on {rate(proved)}, at least {proved.lower():.3f} of the "
         f"population (95 %); {s.seconds_mean:.2f} s an image on {value.device}"
     )
+
+
+def smoothed(value: SmoothReport) -> None:
+    """Bounds on the gap of a smoothed pair, at several radii."""
+    table(
+        f"Gap of the pair smoothed with {value.sigma:g}, {value.classes} classes, "
+        f"{len(value.samples)} images of {value.draws} draws",
+        ("l2 radius", "certified, mean", f"within {value.delta:g}"),
+        [(f"{p.radius:g}", f"{p.upper_mean:.4f}", rate(p.within)) for p in value.curve],
+    )
+    if not value.complete:
+        say("stopped early: what was not looked at is undecided")
+    say(
+        f"smoothed gap <= {value.delta:g} within l2 {value.radius:g} on {rate(value.within)}, at "
+        f"least {value.share_lower():.3f} of the population (95 %, noise included); a constant "
+        f"network {value.control.gap_mean:.3f}; {value.seconds:.1f} s on {value.device}. Of the "
+        "mean over noise, and of no answer without it"
+    )
+
+
+def patched(value: PatchReport) -> None:
+    """What patches of any content can do, position by position."""
+    rows = [(f"{row},{column}", each, all_) for (row, column), each, all_ in _places(value)]
+    if len(rows) > 1:
+        rows.append(("any of them", value.each, value.universal))
+    side, n = value.size, value.each.n
+    table(
+        f"Images sent to class {value.target} by a patch of {side}×{side} pixels, of {n}",
+        ("position", "one each: found", "certified", "one for all: found", "certified"),
+        [(name, *_range(each), *_range(all_)) for name, each, all_ in rows],
+    )
+    if not value.complete:
+        say("stopped early: what was not looked at counts as unproved")
+    say(
+        f"certified attack success {rate(value.each.unproved)}, in the population between "
+        f"{value.each_lower:.3f} and {value.each.upper:.3f} (95 % each); one patch for all: "
+        f"{rate(value.universal.unproved)}, at most "
+        f"{value.universal.upper:.3f}; without a patch {rate(value.clean)}; "
+        f"{value.seconds:.1f} s on {value.device}"
+    )
+
+
+def _places(value: PatchReport) -> list[tuple[tuple[int, int], Flips, Flips]]:
+    return [(place.position, place.each, place.universal) for place in value.places]
+
+
+def _range(flips: Flips) -> tuple[str, str]:
+    return str(flips.attack), str(flips.certified)

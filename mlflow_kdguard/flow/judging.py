@@ -1,5 +1,6 @@
 """The stages that look at the bytes that ship: measure, certify, attest, decide, promote."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -21,6 +22,8 @@ from mlflow_kdguard.records import (
     Figures,
     Measurement,
     Parity,
+    PatchReport,
+    SmoothReport,
     parse_time,
 )
 from mlflow_kdguard.records.gather import figures_of
@@ -33,6 +36,8 @@ MEASURE, CERTIFY, CERTIFICATE, DECISION = (
     "certificate.dsse.json",
     "decision.json",
 )
+PROOFS = "proofs"
+"""Folder of the proofs of bounds, under the stage's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,20 +109,42 @@ def certified(work: Work, made: Made, shown: Images) -> Entry:
     }
 
     def compute(entry: Entry) -> Produced:
+        proofs = entry.path(PROOFS) if section.proofs else None
+        if proofs is not None:
+            # What an interrupted run left is not continued.
+            shutil.rmtree(proofs, ignore_errors=True)
         report = made.nets().bounded(
-            shown.test, section, nonce=work.nonce, device=work.device, progress=work.progress
+            shown.test,
+            section,
+            nonce=work.nonce,
+            device=work.device,
+            progress=work.progress,
+            proofs=proofs,
         )
         write_json(entry.path(CERTIFY), report.document())
-        return Produced([CERTIFY], {"certify": dump(report)}, documents=(report.document(),))
+        kept = [] if proofs is None else sorted(proofs.iterdir())
+        files = [CERTIFY, *(f"{PROOFS}/{path.name}" for path in kept)]
+        return Produced(files, {"certify": dump(report)}, documents=(report.document(),))
 
     return work.stage("certify", inputs, compute, above=True)
 
 
-def figures(made: Made, measure: Entry, bounds: Entry, student_audit: Entry) -> Figures:
+def figures(
+    made: Made,
+    measure: Entry,
+    bounds: Entry,
+    student_audit: Entry,
+    *,
+    patches: Entry | None,
+    smooth: Entry | None,
+) -> Figures:
     """Everything that the gate decides on, read from the finished stages."""
+    recorded = [] if patches is None else patches.recorded["patches"]
     return figures_of(
         measurement=Measurement.model_validate(measure.recorded["measure"]),
         bounds=CertifyReport.model_validate(bounds.recorded["certify"]),
+        smooth=None if smooth is None else SmoothReport.model_validate(smooth.recorded["smooth"]),
+        patches=[PatchReport.model_validate(report) for report in recorded],
         audits={"teacher": audit_report(made.audit), "student": audit_report(student_audit)},
         parity=Parity.model_validate(made.exported.recorded["export"]["parity"]),
     )
@@ -172,12 +199,14 @@ def version_of(entry: Entry) -> Registered:
     return Registered.model_validate(entry.recorded["version"])
 
 
-def attested(work: Work, made: Made, taken: Figures, version: Registered, shown: Images) -> Entry:
+def attested(
+    work: Work, made: Made, taken: Figures, version: Registered, shown: Images, *, bounds: Entry
+) -> Entry:
     """Sign who states what about which bytes, and store it with the version.
 
     Stated again where anything that it says has changed, or where it is too old by now.
     """
-    certificate = _certificate(work, made, taken, version, shown)
+    certificate = _certificate(work, made, taken, version, shown, bounds=bounds)
     inputs = {
         "stated": {k: v for k, v in dump(certificate).items() if k not in ("issued", "expires")},
         "version": version.uri,
@@ -240,8 +269,9 @@ def promoted(work: Work, version: Registered) -> str:
 
 
 def _certificate(
-    work: Work, made: Made, taken: Figures, version: Registered, shown: Images
+    work: Work, made: Made, taken: Figures, version: Registered, shown: Images, *, bounds: Entry
 ) -> Certificate:
+    proofs = CertifyReport.model_validate(bounds.recorded["certify"]).proofs
     stated = Stated(
         version.files,
         version.name,
@@ -250,7 +280,7 @@ def _certificate(
         teacher=sha256_file(made.teacher.path(TEACHER)),
         data=(shown.transfer, shown.clean, shown.test),
     )
-    return stated.certificate(taken, origin="imported", config=work.config)
+    return stated.certificate(taken, origin="imported", config=work.config, proofs=proofs)
 
 
 def _recovered(audits: Sequence[Entry]) -> list[tuple[Path, int]]:

@@ -7,15 +7,19 @@ folder, the verifier (`verification`) downloads them.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
 
 from mlflow_kdguard.certify import certify
-from mlflow_kdguard.config import CertifySection, GuardConfig
+from mlflow_kdguard.certify.patch import certify_patch
+from mlflow_kdguard.certify.smooth import certify_smooth
+from mlflow_kdguard.config import CertifySection, GuardConfig, PatchSection, SmoothSection
 from mlflow_kdguard.data import Dataset
+from mlflow_kdguard.errors import Interrupted
 from mlflow_kdguard.flow.work import tools
-from mlflow_kdguard.measure import Attack, measure
+from mlflow_kdguard.measure import Attack, measure, opened
 from mlflow_kdguard.records import (
     AuditReport,
     Certificate,
@@ -23,7 +27,9 @@ from mlflow_kdguard.records import (
     Figures,
     Measurement,
     Model,
+    PatchReport,
     Progress,
+    SmoothReport,
     Source,
     Subject,
     format_time,
@@ -71,8 +77,9 @@ class Nets:
         nonce: str,
         device: torch.device,
         progress: Progress,
+        proofs: Path | None = None,
     ) -> CertifyReport:
-        """Bounds on the confidence gap between reference and student."""
+        """Bounds on the confidence gap between reference and student, with `proofs` in a folder."""
         return certify(
             self.reference,
             self.student,
@@ -81,7 +88,76 @@ class Nets:
             nonce=nonce,
             device=device,
             progress=progress,
+            proofs=proofs,
         )
+
+    def smoothed(
+        self,
+        test: Dataset,
+        section: SmoothSection,
+        *,
+        nonce: str,
+        entropy: str = "",
+        device: torch.device,
+        progress: Progress,
+    ) -> SmoothReport | None:
+        """Bounds on the gap of the smoothed pair; None where no noise is asked for.
+
+        Raises Interrupted where the work was stopped: a part of the images certifies nothing.
+        """
+        if section.sigma is None:
+            return None
+        reference, student = (
+            opened(blob, test, where=f"the {name}'s ONNX file", device=device)
+            for name, blob in (("reference", self.reference), ("student", self.student))
+        )
+        report = certify_smooth(
+            reference,
+            student,
+            test,
+            config=section,
+            nonce=nonce,
+            entropy=entropy,
+            progress=progress,
+        )
+        if not report.complete:
+            raise Interrupted(
+                "the certification of the smoothed pair was stopped.",
+                remedy="Run it again; finished stages are kept.",
+            )
+        return report
+
+    def patched(
+        self,
+        test: Dataset,
+        section: PatchSection,
+        *,
+        nonce: str,
+        device: torch.device,
+        progress: Progress,
+    ) -> tuple[PatchReport, ...]:
+        """What patches of any content can do to the student, a report for each target.
+
+        Raises Interrupted where the work was stopped: a part of the images certifies nothing.
+        """
+        reports = []
+        for target in section.targets:
+            report = certify_patch(
+                self.student,
+                test,
+                target=target,
+                config=section,
+                nonce=nonce,
+                device=device,
+                progress=progress,
+            )
+            if not report.complete:
+                raise Interrupted(
+                    f"the certification of patches towards class {target} was stopped.",
+                    remedy="Run it again; finished stages are kept.",
+                )
+            reports.append(report)
+        return tuple(reports)
 
 
 def crossing(
@@ -114,6 +190,7 @@ class Stated:
         origin: Literal["recomputed", "imported"],
         config: GuardConfig,
         attempt: int = 1,
+        proofs: Model | None = None,
     ) -> Certificate:
         """The certificate of these figures, issued now; `origin` is its `figures_from`."""
         now = datetime.now(UTC)
@@ -131,6 +208,7 @@ class Stated:
             config=config.digest,
             seed=config.run.seed,
             tools=tools(),
+            proofs=proofs,
             issued=format_time(now),
             expires=format_time(now + timedelta(days=config.attest.expires_after_days)),
         )

@@ -1,4 +1,4 @@
-"""A student from start to weights on disk, and networks to and from their exported graph."""
+"""A student or teacher from start to weights on disk; networks to and from their graph."""
 
 from pathlib import Path
 
@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from mlflow_kdguard import distill, graph
-from mlflow_kdguard.config import DistillSection, ExportSection
+from mlflow_kdguard.config import DistillSection, ExportSection, TeachSection
 from mlflow_kdguard.data import Dataset
 from mlflow_kdguard.export import to_onnx
 from mlflow_kdguard.files import read_bytes
 from mlflow_kdguard.nets import convert, load, zoo
 from mlflow_kdguard.nets.architecture import Architecture
 from mlflow_kdguard.records import Exported, Progress, silent
+from mlflow_kdguard.teach import check_labels, teach
 
 
 def train_student(
@@ -49,6 +50,34 @@ def train_student(
     return dict(fitted.figures)
 
 
+def train_teacher(
+    section: TeachSection,
+    data: Dataset,
+    *,
+    folder: Path,
+    seed: int,
+    device: torch.device,
+    progress: Progress = silent,
+    trust_code: bool = False,
+) -> dict[str, float]:
+    """Train a new teacher, resuming from its checkpoint; weights and architecture in `folder`."""
+    check_labels(data)  # unlabelled images name no classes to build a network for
+    checkpoint = folder / "checkpoint.pt"
+    net, fitted = teach(
+        architecture_for(section.arch, data),
+        data,
+        config=section,
+        seed=seed,
+        device=device,
+        checkpoint=checkpoint,
+        progress=progress,
+        trust_code=trust_code,
+    )
+    load.save(net, folder)
+    checkpoint.unlink(missing_ok=True)
+    return dict(fitted.figures)
+
+
 def from_onnx(path: Path) -> nn.Module:
     """The torch network that computes exactly the graph in `path`."""
     return from_bytes(read_bytes(path, what="the model"), where=str(path))
@@ -60,7 +89,7 @@ def from_bytes(data: bytes, *, where: str) -> nn.Module:
 
 
 def architecture_for(arch: str, clean: Dataset) -> Architecture:
-    """The student's architecture, normalised with the clean set's mean and deviation."""
+    """An architecture, normalised with the set's mean and deviation."""
     pixels = clean.x
     mean = tuple(round(float(m), 4) for m in pixels.mean(axis=(0, 2, 3)))
     std = tuple(round(max(float(s), 0.01), 4) for s in pixels.std(axis=(0, 2, 3)))

@@ -6,6 +6,7 @@ settings, triggers of a panel and the key are the verifier's own.
 """
 
 import logging
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -29,7 +30,9 @@ from mlflow_kdguard.records import (
     CertifyReport,
     Figures,
     Measurement,
+    PatchReport,
     Progress,
+    SmoothReport,
     silent,
 )
 from mlflow_kdguard.records.gather import figures_of
@@ -67,6 +70,8 @@ class Verified:
     envelope: bytes
     measurement: Measurement
     bounds: CertifyReport
+    patches: tuple[PatchReport, ...] = ()
+    smooth: SmoothReport | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +104,9 @@ def verify(
 ) -> Verified:
     """Measure the version at `uri` from its bytes, sign `recomputed` figures, store them with it.
 
-    Settings come from the sections audit, export, measure, certify, attest and run.seed of
-    `config`. A figure beyond its limit is a figure: whether it is enough is the gate's question.
+    Settings come from the sections audit, export, measure, certify, smooth, patch, attest and
+    run.seed of `config`; the noise of a smoothed pair is fresh, known to nobody beforehand. A
+    figure beyond its limit is a figure: whether it is enough is the gate's question.
     The certificate is stored as the version's `kdguard.certificate`.
     Raises UsageError for a key that is no verifier's and where teacher or reference are missing,
     ModelError for a bundle that could serve anything else, CertificateError where bytes are not
@@ -111,7 +117,7 @@ def verify(
     stored, nets = version.stored, version.nets
     name, student = stored.name or "", sha256(nets.student)
     nonce = own.nonce or registry.nonce(name, student) or Nonce(nonce="", attempt=1)
-    figures, measurement, bounds = _taken(version, _Measuring(own, config, device, progress), nonce)
+    taken = _taken(version, _Measuring(own, config, device, progress), nonce)
     stated = Stated(
         stored.digests,
         name,
@@ -121,11 +127,14 @@ def verify(
         data=(own.clean, own.test),
     )
     certificate = stated.certificate(
-        figures, origin="recomputed", config=config, attempt=nonce.attempt
+        taken.figures, origin="recomputed", config=config, attempt=nonce.attempt
     )
     envelope = attest.issue(certificate, own.signer)
     registry.store_certificate(stored.uri, envelope)
-    return Verified(stored.uri, certificate, envelope, measurement, bounds)
+    return Verified(
+        stored.uri, certificate, envelope, taken.measurement, taken.bounds, taken.patches,
+        taken.smooth,
+    )  # fmt: skip
 
 
 def _fetched(registry: Registry, uri: str, own: Own) -> _Version:
@@ -188,9 +197,18 @@ def _refuse_other(
             )
 
 
-def _taken(
-    version: _Version, how: _Measuring, nonce: Nonce
-) -> tuple[Figures, Measurement, CertifyReport]:
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """What was measured, and the figures that it comes to."""
+
+    figures: Figures
+    measurement: Measurement
+    bounds: CertifyReport
+    patches: tuple[PatchReport, ...]
+    smooth: SmoothReport | None
+
+
+def _taken(version: _Version, how: _Measuring, nonce: Nonce) -> _Taken:
     nets, own, config = version.nets, how.own, how.config
     teacher = _audited(nets.teacher, "teacher", how)
     student = _audited(nets.student, "student", how)
@@ -205,14 +223,23 @@ def _taken(
     bounds = nets.bounded(
         own.test, config.certify, nonce=nonce.nonce, device=how.device, progress=how.progress
     )
+    patches = nets.patched(
+        own.test, config.patch, nonce=nonce.nonce, device=how.device, progress=how.progress
+    )
+    smooth = nets.smoothed(
+        own.test, config.smooth, nonce=nonce.nonce, entropy=secrets.token_hex(16),
+        device=how.device, progress=how.progress,
+    )  # fmt: skip
     images, _ = own.test.batch(np.arange(min(len(own.test), config.export.parity_images)))
     figures = figures_of(
         measurement=measurement,
         bounds=bounds,
+        smooth=smooth,
+        patches=patches,
         audits={"teacher": teacher.report, "student": student.report},
         parity=reading_parity(nets.student, images, where="the student", device=how.device),
     )
-    return figures, measurement, bounds
+    return _Taken(figures, measurement, bounds, patches, smooth)
 
 
 def _audited(model: bytes, side: str, how: _Measuring) -> Audited:

@@ -12,12 +12,14 @@ from mlflow_kdguard.files import sha256_file, write_bytes, write_json
 from mlflow_kdguard.flow.given import TEACHER, Images
 from mlflow_kdguard.flow.judging import CERTIFICATE, CERTIFY, MEASURE, Made, valid
 from mlflow_kdguard.flow.making import REFERENCE, trigger_file
+from mlflow_kdguard.flow.patching import patch_documents
+from mlflow_kdguard.flow.smoothing import SMOOTH
 from mlflow_kdguard.flow.verification import Own, verify
 from mlflow_kdguard.flow.work import Entry, Produced, Work, dump
 from mlflow_kdguard.records import Figures
 from mlflow_kdguard.registry import Registered
 
-_SECTIONS = ("audit", "export", "measure", "certify", "attest")
+_SECTIONS = ("audit", "export", "measure", "certify", "smooth", "patch", "attest")
 
 
 def verified(work: Work, made: Made, version: Registered, shown: Images) -> Entry:
@@ -44,7 +46,12 @@ def verified(work: Work, made: Made, version: Registered, shown: Images) -> Entr
             device=work.device,
             progress=work.told_by("verify"),
         )
-        documents = {MEASURE: found.measurement.document(), CERTIFY: found.bounds.document()}
+        documents = {
+            MEASURE: found.measurement.document(),
+            CERTIFY: found.bounds.document(),
+            **patch_documents(found.patches),
+            **({} if found.smooth is None else {SMOOTH: found.smooth.document()}),
+        }
         for file, document in documents.items():
             write_json(entry.path(file), document)
         write_bytes(entry.path(CERTIFICATE), found.envelope)

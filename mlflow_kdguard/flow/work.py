@@ -213,7 +213,7 @@ def _describe(run: Run, config: GuardConfig, folder: Path) -> None:
     Parameters cannot be changed: those of a continued run stay as they were first; the file and
     the digest are those of the last start.
     """
-    run.log_params(dict(_flat(config.model_dump(mode="json"))))
+    run.log_params(dict(_flat(config.model_dump(mode="json", exclude={"teach"}))))
     run.log_files(folder, {CONFIG_FILE: sha256_file(folder / CONFIG_FILE)})
     run.set_tags({"kdguard.config": config.digest})
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from mlflow_kdguard.gate import attack, figures, provenance
+from mlflow_kdguard.gate import attack, figures, patches, provenance
 from mlflow_kdguard.gate.case import STUDENT, WAIVED, Case, Verdict
 from mlflow_kdguard.gate.faithful import faithful
 from mlflow_kdguard.policy import Policy
@@ -42,6 +42,7 @@ RULES: tuple[Rule, ...] = (
     Rule("reference.gap", "reference.gap_mean_at_most", figures.reference_gap),
     Rule("reference.distinct", "reference.distinct_from_student", figures.reference_distinct),
     Rule("faithful", "faithful.any_of", faithful),
+    Rule("patch", "patch.upper_at_most", patches.patch),
     Rule("audit.teacher", "audit.teacher", figures.teacher_audit),
     Rule("audit.student", "audit.student", figures.student_audit),
     Rule("export", "export.parity_at_most", figures.export),

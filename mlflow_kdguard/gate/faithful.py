@@ -21,7 +21,7 @@ def faithful(case: Case) -> Verdict:
     """At least one option of the policy is met by at least one figure."""
     policy, figures = case.policy.faithful, case.figures.faithful
     if policy is None:
-        return waived(max((f.within.lower(case.confidence) for f in figures), default=None))
+        return waived(max((f.share_lower(case.confidence) for f in figures), default=None))
     limit = [option.model_dump(mode="json") for option in policy.any_of]
     if not figures:
         return absent(limit, "bound on the confidence gap between reference and student")
@@ -31,7 +31,7 @@ def faithful(case: Case) -> Verdict:
     best, figure = min(tried, key=lambda item: len(item[0]))
     shortcomings = [" and ".join(problems) for problems, _ in tried]
     problems = [" — or — ".join(shortcomings)] if best else []
-    share = None if figure is None else figure.within.lower(case.confidence)
+    share = None if figure is None else figure.share_lower(case.confidence)
     return verdict(limit, share, problems, "" if figure is None else _fine(figure, case))
 
 
@@ -69,6 +69,10 @@ def _claim(option: Option, figure: FaithfulFigure) -> Iterator[str]:
         yield f"bounded within eps {figure.eps:g}, less than {radius:g}"
     if isinstance(option, Smoothed) and figure.sigma != option.sigma:
         yield f"smoothed with sigma {figure.sigma}, not {option.sigma:g}"
+    if isinstance(option, Smoothed) and figure.error is None:
+        yield "it does not say how often an image is proved by chance"
+    if isinstance(option, Certified) and (figure.sigma is not None or figure.error is not None):
+        yield "it is about networks under noise"
     if not at_most(figure.delta, option.delta):
         yield f"bounded by delta {figure.delta:g}, more than {option.delta:g}"
     if option.classes == "all" and figure.classes != "all":
@@ -78,7 +82,7 @@ def _claim(option: Option, figure: FaithfulFigure) -> Iterator[str]:
 def _share(case: Case, option: Option, figure: FaithfulFigure) -> Iterator[str]:
     """Among all drawn images, enough are proved, and there are enough of them."""
     within, limit = figure.within, option.share_lower_at_least
-    lower = within.lower(case.confidence)
+    lower = figure.share_lower(case.confidence)
     if not at_most(limit, lower):
         yield (
             f"gap <= {figure.delta:g} is proved on {within.k} of {within.n} images: lower bound "
@@ -127,7 +131,7 @@ def _control(case: Case, option: Option, figure: FaithfulFigure) -> Iterator[str
             f"delta {figure.delta:g} is no less than {shown(control.gap_mean, figure.delta)}, the "
             "mean gap of a constant network: the reference hardly says anything"
         )
-    upper = control.within.upper(case.confidence)
+    upper = figure.control_upper(case.confidence)
     if not at_most(upper, free):
         yield (
             f"a constant network is within delta on {control.within.k} of {control.within.n} "
@@ -138,8 +142,9 @@ def _control(case: Case, option: Option, figure: FaithfulFigure) -> Iterator[str
 
 
 def _fine(figure: FaithfulFigure, case: Case) -> str:
-    lower = figure.within.lower(case.confidence)
+    lower = figure.share_lower(case.confidence)
+    whose = "Gap" if figure.sigma is None else f"Gap of the pair smoothed with {figure.sigma:g}"
     return (
-        f"Gap <= {figure.delta:g} within {figure.norm} eps {figure.eps:g} is proved on "
+        f"{whose} <= {figure.delta:g} within {figure.norm} eps {figure.eps:g} is proved on "
         f"{figure.within.k} of {figure.within.n} drawn images: lower bound {lower:.3f}."
     )

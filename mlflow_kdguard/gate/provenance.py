@@ -119,7 +119,8 @@ def finite(case: Case) -> Verdict:
 def _sources(case: Case) -> list[tuple[str, Source]]:
     measured = case.figures.measured_on
     named = [] if measured is None else [("the measurement", measured)]
-    return named + [(f"the {f.method} gap", f.data) for f in case.figures.faithful]
+    named += [(f"the {f.method} gap", f.data) for f in case.figures.faithful]
+    return named + [(f"the bound of patches to {f.target}", f.data) for f in case.figures.patch]
 
 
 def _not_finite(value: Any, where: str) -> Iterator[str]:

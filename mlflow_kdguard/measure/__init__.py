@@ -21,7 +21,7 @@ from mlflow_kdguard.triggers import Trigger
 if TYPE_CHECKING:
     from torch import device as Device
 
-__all__ = ["Attack", "Session", "measure", "refuse_batch_mixing", "softmax"]
+__all__ = ["Attack", "Session", "measure", "opened", "refuse_batch_mixing", "softmax"]
 
 ROW_TOLERANCE = 1e-4
 """Largest softmax difference of one image between batch sizes 1, 2 and 64."""
@@ -77,6 +77,18 @@ def measure(
         reference=None if reference is None else tally.gap(models["reference"]),
         baseline=models.get("baseline"),
     )
+
+
+def opened(
+    model: bytes, data: Dataset, *, where: str, device: "Device", threads: int = 0
+) -> Session:
+    """A session on ONNX bytes that takes the images of `data`, each by itself.
+
+    Raises ModelError as `Session` and `refuse_batch_mixing` do, and where shapes do not fit.
+    """
+    session = _open(model, where, data, device, threads)
+    refuse_batch_mixing(session, data)
+    return session
 
 
 def refuse_batch_mixing(session: Session, data: Dataset) -> None:

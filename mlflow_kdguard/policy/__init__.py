@@ -29,6 +29,7 @@ from mlflow_kdguard.policy.blocks import (
     Export,
     Faithful,
     Guarded,
+    Patch,
     Reference,
     Smoothed,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "Export",
     "Faithful",
     "Guarded",
+    "Patch",
     "Policy",
     "Reference",
     "Smoothed",
@@ -86,6 +88,7 @@ class Policy(Block):
     asr: Asr | None
     reference: Reference | None
     faithful: Faithful | None
+    patch: Patch | None
     audit: Audit | None
     export: Export | None
     certificate: CertificateRule

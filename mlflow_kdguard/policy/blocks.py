@@ -178,6 +178,31 @@ def _join(a: Certified | Smoothed, b: Certified | Smoothed) -> Certified | Smoot
     return None
 
 
+Place = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=100_000)], Annotated[int, Field(ge=0, le=100_000)]],
+    Field(description="row and column of a square's top left pixel"),
+]
+
+
+class Patch(Block):
+    """Squares of any content: which of them, aimed at which classes, may flip how many images.
+
+    `upper_at_most` is about a content of its own for every image; `universal_upper_at_most` about
+    one content for all images, which is what a trigger usually is.
+    """
+
+    targets: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), Tighter(_union)
+    ]
+    size: Count
+    positions: Annotated[tuple[Place, ...], Field(min_length=1), Tighter(_union)]
+    upper_at_most: AtMost
+    universal_upper_at_most: AtMost = None
+    samples_at_least: Count = 100
+    margin_at_least: Annotated[float, Field(ge=0), MOST] = 1e-4
+    selection: Annotated[Literal["uniform-seeded"], Tighter(_same)] = "uniform-seeded"
+
+
 Verdict = Annotated[Literal["ran", "clean"] | None, _last_of("ran", "clean")]
 
 

@@ -43,6 +43,15 @@ from mlflow_kdguard.records.figures import (
     Parity,
     ReferenceGap,
 )
+from mlflow_kdguard.records.patch import (
+    Flips,
+    PatchFigure,
+    PatchPlace,
+    PatchReport,
+    PatchSample,
+    PatchWitness,
+)
+from mlflow_kdguard.records.smooth import SmoothPoint, SmoothReport, SmoothSample
 
 __all__ = [
     "Asr",
@@ -59,10 +68,16 @@ __all__ = [
     "FaithfulFigure",
     "Figures",
     "Finding",
+    "Flips",
     "Measurement",
     "Model",
     "Paired",
     "Parity",
+    "PatchFigure",
+    "PatchPlace",
+    "PatchReport",
+    "PatchSample",
+    "PatchWitness",
     "Progress",
     "Rate",
     "Record",
@@ -70,6 +85,9 @@ __all__ = [
     "RuleResult",
     "Sha256",
     "Signatory",
+    "SmoothPoint",
+    "SmoothReport",
+    "SmoothSample",
     "Source",
     "Status",
     "Subject",

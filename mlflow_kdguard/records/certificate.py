@@ -4,9 +4,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from mlflow_kdguard import intervals
 from mlflow_kdguard.records.base import Count, Model, Rate, Record, Sha256, Source
 from mlflow_kdguard.records.bounds import Control
 from mlflow_kdguard.records.figures import Asr, Paired, Parity, ReferenceGap
+from mlflow_kdguard.records.patch import PatchFigure
 
 
 class Subject(Record):
@@ -19,8 +21,10 @@ class Subject(Record):
 class FaithfulFigure(Record):
     """Share of drawn images on which gap <= delta is PROVED, and what it was asked of.
 
-    The gap is the one between `reference` and `student`. `eps` is the radius of the ball; `sigma`
-    the noise of a smoothed network, None for others.
+    The gap is the one between `reference` and `student`. `eps` is the radius of the ball. Of
+    smoothed networks, `sigma` is the noise, and `error` the probability that one image is PROVED
+    and should not be; both are None for others (`error` is not written there: so it was when
+    older certificates were signed).
     """
 
     reference: Model
@@ -40,6 +44,16 @@ class FaithfulFigure(Record):
     data: Source
     control: Control
     sigma: float | None = Field(None, gt=0)
+    error: float | None = Field(None, gt=0, lt=1, exclude_if=lambda value: value is None)
+
+    def share_lower(self, confidence: float) -> float:
+        """The population's share within delta, at least: by drawn images, and by drawn noise."""
+        return intervals.claimed_lower(self.within.k, self.within.n, self.error or 0.0, confidence)
+
+    def control_upper(self, confidence: float) -> float:
+        """And the share of a constant network, at most."""
+        within = self.control.within
+        return intervals.missed_upper(within.k, within.n, self.error or 0.0, confidence)
 
 
 class AuditFigure(Record):
@@ -56,7 +70,8 @@ class Figures(Record):
 
     `student` is the model that everything was measured on, `teacher` the one that `paired` and
     `reference` compare with (the original teacher), `baseline` the one that each trigger's
-    baseline was taken on.
+    baseline was taken on. Where there is no `patch`, nothing is written: so it was when older
+    certificates were signed.
     """
 
     student: Model | None = None
@@ -68,6 +83,7 @@ class Figures(Record):
     asr: tuple[Asr, ...] = ()
     reference: ReferenceGap | None = None
     faithful: tuple[FaithfulFigure, ...] = ()
+    patch: tuple[PatchFigure, ...] = Field((), exclude_if=lambda value: not value)
     audit: dict[Literal["teacher", "student"], AuditFigure] = Field(default_factory=dict)
     export: Parity | None = None
 

@@ -23,9 +23,11 @@ from mlflow_kdguard.records import (
     Control,
     FaithfulFigure,
     Figures,
+    Flips,
     Model,
     Paired,
     Parity,
+    PatchFigure,
     Rate,
     ReferenceGap,
     Source,
@@ -76,7 +78,38 @@ def faithfuls(draw: Any) -> FaithfulFigure:
         population=draw(st.integers(0, 3000) | st.just(10**9)), nonce=draw(st.just("") | TEXTS),
         indices=draw(drawn), data=draw(SOURCES), sigma=draw(st.none() | positive),
         control=Control(gap_mean=draw(st.floats(-1, 2)), within=draw(rates())),
+        error=draw(st.none() | st.sampled_from([1e-300, 0.001, 0.5, 1 - 1e-16])),
     )  # fmt: skip
+
+
+@st.composite
+def flips(draw: Any) -> Flips:
+    attack, certified, n = sorted(draw(st.lists(COUNTS, min_size=3, max_size=3)))
+    return Flips(attack=attack, certified=certified, n=n)
+
+
+CORNERS = st.tuples(st.integers(0, 3), st.integers(0, 3))
+
+
+@st.composite
+def patches(draw: Any) -> PatchFigure:
+    drawn = st.just(c.patch().ranks) | st.lists(st.integers(), max_size=4).map(tuple)
+    return PatchFigure(
+        student=draw(MODELS), target=draw(st.integers(0, 2)), size=draw(st.integers(1, 4)),
+        positions=draw(st.lists(CORNERS, max_size=3).map(tuple)), margin=draw(GAPS),
+        each=draw(flips()), universal=draw(flips()),
+        selection=draw(st.just("uniform-seeded") | TEXTS),
+        population=draw(st.integers(0, 3000) | st.just(10**9)), nonce=draw(st.just("") | TEXTS),
+        ranks=draw(drawn), data=draw(SOURCES),
+    )  # fmt: skip
+
+
+GOOD_PATCHES = st.builds(
+    lambda target, size, at, most: c.patch(
+        target=target, size=size, positions=(at,), each=Flips(attack=0, certified=most, n=100)
+    ),
+    st.integers(0, 1), st.integers(2, 4), CORNERS, st.integers(0, 9),
+)  # fmt: skip
 
 
 @st.composite
@@ -100,6 +133,7 @@ FIGURES = st.builds(
     reference=st.none()
     | st.builds(ReferenceGap, model=MODELS, gap_mean=GAPS, student_gap_max=GAPS, n=COUNTS),
     faithful=st.lists(faithfuls(), max_size=2).map(tuple),
+    patch=st.lists(patches(), max_size=2).map(tuple),
     audit=audits(),
     export=st.none()
     | st.builds(Parity, model=MODELS, softmax_max=GAPS, argmax=rates(), provider=TEXTS),
@@ -178,6 +212,16 @@ POLICIES = st.fixed_dictionaries(
         "reference": st.none()
         | block(gap_mean_at_most=LIMITS, distinct_from_student=st.booleans()),
         "faithful": st.none() | block(any_of=st.lists(OPTIONS, max_size=3)),
+        "patch": st.none()
+        | block(
+            targets=st.lists(st.integers(0, 2), min_size=1, max_size=2),
+            size=st.integers(1, 3),
+            positions=st.lists(CORNERS, min_size=1, max_size=2),
+            upper_at_most=LIMITS,
+            universal_upper_at_most=LIMITS,
+            samples_at_least=st.sampled_from([1, 100, 200]),
+            margin_at_least=st.sampled_from([0.0, 1e-4, 1.0]),
+        ),
         "audit": st.none()
         | block(
             teacher=st.sampled_from([None, "ran", "clean"]),
@@ -197,6 +241,7 @@ NEARLY = st.one_of(
     st.just(c.certificate()),
     st.builds(lambda v: c.certificate(asr=tuple(v)), st.lists(asrs(), max_size=2)),
     st.builds(lambda v: c.certificate(faithful=tuple(v)), st.lists(faithfuls(), max_size=2)),
+    st.builds(lambda v: c.certificate(patch=tuple(v)), st.lists(GOOD_PATCHES, max_size=4)),
     st.builds(lambda v: c.certificate(audit=v), audits()),
     st.builds(
         lambda k, eps, delta: c.certificate(
@@ -402,7 +447,7 @@ def test_twenty_retries_pass_a_borderline_model_one_time_in_twenty_at_most(
 ABSENT = {
     name: field.get_default(call_default_factory=True)
     for name, field in Figures.model_fields.items()
-    if name != "baseline"  # of `asr.lift` only, which the packaged policy waives
+    if name not in ("baseline", "patch")  # of rules that the packaged policy waives
 }
 
 

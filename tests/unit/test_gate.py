@@ -69,13 +69,14 @@ def test_a_waived_rule_is_listed_as_waived() -> None:
     assert decision.passed, decision.failed
     assert [r.rule for r in decision.rules if r.why == gate.WAIVED] == [
         "accuracy", "asr", "asr.triggers", "asr.changed", "asr.lift", "reference.gap",
-        "reference.distinct", "faithful", "audit.teacher", "audit.student", "export",
+        "reference.distinct", "faithful", "patch", "audit.teacher", "audit.student", "export",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", [rule for rule in gate.RULES if rule.key], ids=lambda r: r.name)
 def test_every_key_that_a_rule_names_is_in_the_policy(rule: gate.Rule) -> None:
-    value: Any = c.packaged().model_dump(mode="json")
+    asked = {"targets": [0], "size": 3, "positions": [[25, 25]], "upper_at_most": 0.1}
+    value: Any = policy(patch=asked).model_dump(mode="json")
     for part in rule.key.split("."):
         value = value[part]
 
@@ -528,11 +529,54 @@ def test_one_good_figure_among_several_is_enough() -> None:
 
 
 def test_smoothed_figures_are_about_their_noise() -> None:
-    smoothed = c.faithful(method="smoothed", norm="l2", eps=0.25, delta=0.3, sigma=0.25)
-    assert c.decided(c.certificate(faithful=(smoothed,))).passed
-    for changes in ({"sigma": 0.5}, {"sigma": None}, {"eps": 0.2}, {"norm": "linf"}):
-        spoilt = smoothed.model_copy(update=changes)
+    decision = c.decided(c.certificate(faithful=(c.smoothed(),)))
+    assert decision.passed
+    assert "the pair smoothed with 0.25" in why(decision, "faithful")
+    for changes in (
+        {"sigma": 0.5}, {"sigma": None}, {"eps": 0.2}, {"norm": "linf"}, {"delta": 0.31},
+        {"classes": "top"}, {"error": None}, {"method": "certified"},
+    ):  # fmt: skip
+        spoilt = c.smoothed(**changes)
         assert c.decided(c.certificate(faithful=(spoilt,))).failed == ("faithful",)
+
+
+def test_a_smoothed_figure_does_not_stand_in_for_a_certified_one() -> None:
+    """Nor the other way round, whatever else either of them says."""
+    options = c.packaged().model_dump(mode="json")["faithful"]["any_of"]
+    only = {each["method"]: policy(faithful={"any_of": [each]}) for each in options}
+    assert sorted(only) == ["certified", "smoothed"]
+    generous: dict[str, Any] = {"eps": 9.0, "delta": 1e-3}
+    made = {
+        "certified": [c.faithful(**generous), c.faithful(norm="l2", **generous)],
+        "smoothed": [c.smoothed(**generous), c.smoothed(norm="linf", **generous)],
+    }
+    for asked, other in (("certified", "smoothed"), ("smoothed", "certified")):
+        for figure in made[other]:
+            decision = c.decided(c.certificate(faithful=(figure,)), only[asked])
+            assert decision.failed == ("faithful",)
+            assert f"there is no {asked}" in why(decision, "faithful")
+        assert c.decided(c.certificate(faithful=(made[asked][0],)), only[asked]).passed
+    for noisy in ({"sigma": 0.25}, {"error": 0.001}):
+        assert c.decided(c.certificate(faithful=(c.faithful(**noisy),))).failed == ("faithful",)
+
+
+def test_images_proved_by_chance_take_from_the_share() -> None:
+    """With an error of 0.05 an image, a share that just passes is refused: 88 of 100 at 0.80."""
+    for error, passes in ((1e-6, True), (0.001, True), (0.05, False), (0.999, False)):
+        figure = c.smoothed(within=Rate(k=88, n=100), error=error)
+        share = figure.share_lower(c.packaged_confidence())
+        plain = figure.within.lower(c.packaged_confidence())
+        assert share == pytest.approx(max(0.0, (plain - error) / (1 - error)))
+        assert c.decided(c.certificate(faithful=(figure,))).passed is passes
+
+
+def test_a_constant_network_is_missed_by_chance_too() -> None:
+    control = Control(gap_mean=0.9, within=Rate(k=12, n=100))
+    assert c.decided(c.certificate(faithful=(c.smoothed(control=control),))).passed
+    loud = c.smoothed(control=control, error=0.15, within=Rate(k=100, n=100))
+    decision = c.decided(c.certificate(faithful=(loud,)))
+    assert decision.failed == ("faithful",)
+    assert "a constant network" in why(decision, "faithful")
 
 
 def test_a_policy_that_names_no_option_lets_nothing_pass() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mlflow_kdguard.errors import ConfigError, UsageError
 from mlflow_kdguard.policy import (
+    Patch,
     Policy,
     blocks,
     guarded_name,
@@ -61,6 +62,7 @@ def test_the_packaged_policy_has_the_designs_values() -> None:
                 },
             ]
         },
+        "patch": None,
         "audit": {"teacher": "ran", "student": "ran"},
         "export": {"parity_at_most": 1e-4},
         "certificate": {
@@ -270,6 +272,38 @@ def test_options_that_no_figure_meets_both_of_let_nothing_pass() -> None:
     assert both.any_of == ()
 
 
+def test_a_projects_demands_about_patches_add_up() -> None:
+    ours = {"targets": [0], "size": 3, "positions": [[0, 0]], "upper_at_most": 0.1}
+    theirs = {
+        "targets": [1], "size": 2, "positions": [[25, 25]], "upper_at_most": 0.2,
+        "universal_upper_at_most": 0.05, "samples_at_least": 50, "margin_at_least": 0.01,
+    }  # fmt: skip
+    both = tighten(policy(patch=ours), policy(patch=theirs)).patch
+    assert both is not None
+    assert (both.targets, both.positions, both.size) == ((0, 1), ((0, 0), (25, 25)), 3)
+    assert (both.upper_at_most, both.universal_upper_at_most) == (0.1, 0.05)
+    assert (both.samples_at_least, both.margin_at_least) == (100, 0.01)
+    assert tighten(load(), policy(patch=ours)).patch == policy(patch=ours).patch
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"targets": []}, "patch.targets"),
+        ({"positions": []}, "patch.positions"),
+        ({"positions": [[0]]}, "patch.positions"),
+        ({"positions": [[0, -1]]}, "patch.positions"),
+        ({"size": 0}, "patch.size"),
+        ({"size": True}, "patch: Value error, size is true"),
+        ({"upper_at_most": 1.5}, "patch.upper_at_most"),
+    ],
+)
+def test_a_demand_about_patches_that_makes_no_sense(change: Any, says: str) -> None:
+    asked = {"targets": [0], "size": 3, "positions": [[0, 0]], "upper_at_most": 0.1}
+    with pytest.raises(ConfigError, match=says):
+        policy(patch=asked | change)
+
+
 def test_tightening_by_oneself_changes_nothing() -> None:
     two = [{"method": "certified", "norm": "linf", "eps": eps, "delta": delta,
             "share_lower_at_least": 0.8, "samples_at_least": 100}
@@ -298,7 +332,8 @@ def test_the_reference_names_every_key_and_every_rule() -> None:
     text = (Path(__file__).parents[2] / "docs/reference/policy.md").read_text("utf-8")
     for rule in RULES:
         assert f"`{rule.name}`" in text
-    for name, block in load().model_dump(mode="json").items():
+    blocks = load().model_dump(mode="json") | {"patch": dict.fromkeys(Patch.model_fields)}
+    for name, block in blocks.items():
         for key in block if name != "faithful" else ():
             assert f"`{name}.{key}`" in text, f"{name}.{key}"
     for option in load().model_dump(mode="json")["faithful"]["any_of"]:

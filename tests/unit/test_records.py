@@ -15,6 +15,7 @@ from mlflow_kdguard.records import (
     Asr,
     AuditReport,
     Certificate,
+    CertifiedSample,
     CertifyReport,
     Decision,
     Figures,
@@ -286,6 +287,8 @@ CERTIFY: dict[str, Any] = {
             "label": 0,
             "reference_class": 0,
             "lower": 0.0,
+            "bound": 0.0875,
+            "float32_margin": 0.0125,
             "upper": 0.1,
             "method": "crown",
         }
@@ -296,6 +299,8 @@ CERTIFY: dict[str, Any] = {
     "summary": {
         "n": 5,
         "lower_mean": 0.0,
+        "bound_mean": 0.0875,
+        "float32_margin_mean": 0.0125,
         "upper_mean": 0.1,
         "upper_p95": 0.1,
         "upper_max": 0.1,
@@ -310,6 +315,16 @@ def test_only_proved_images_count_and_every_drawn_image_is_counted() -> None:
     assert (figure.within.k, figure.within.n) == (2, 5)
     assert figure.indices == (0, 1, 2, 3, 4)
     assert (figure.selection, figure.nonce, figure.population) == ("uniform-seeded", "n", 1000)
+
+
+@pytest.mark.parametrize(
+    "change", [{"bound": 0.0876}, {"float32_margin": 0.0126}, {"float32_margin": -0.01}]
+)
+def test_an_upper_bound_without_its_margin_is_no_record(change: dict[str, float]) -> None:
+    sample = CERTIFY["samples"][0]
+    CertifiedSample.model_validate(sample)
+    with pytest.raises(ValidationError):
+        CertifiedSample.model_validate(sample | change)
 
 
 def test_figures_of_nothing_are_absent_not_guessed() -> None:

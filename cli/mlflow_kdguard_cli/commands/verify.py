@@ -54,7 +54,7 @@ FILE = click.Path(path_type=Path)
     "--config",
     "config_file",
     type=FILE,
-    help="File with sections audit, export, measure, certify, attest.",
+    help="File with sections audit, export, measure, certify, smooth, patch, attest.",
 )
 @options.set_values
 @options.config_seed
@@ -71,8 +71,9 @@ def verify(**flags: Any) -> None:
     are held against and the triggers that the builder supplied. Accuracy, attack success (of those
     triggers, of a --trigger panel, and of triggers that your own audit inverts), reference gap,
     parity and certified bounds are measured again from these bytes, on images that you name; the
-    images for the bounds are drawn anew. Nothing of the builder's figures is taken over. The
-    certificate, figures_from: recomputed, is stored with the version.
+    images for the bounds are drawn anew, and so is the noise of a smoothed pair. Nothing of the
+    builder's figures is taken over. The certificate, figures_from: recomputed, is stored with the
+    version.
 
     Exit code 0 says that it was measured and signed, not that it passes: ask `kdguard gate`.
 
@@ -102,6 +103,10 @@ def verify(**flags: Any) -> None:
     _keep(flags["out"], verified)
     render.measurement(verified.measurement, verified.uri)
     render.certified(verified.bounds)
+    if verified.smooth is not None:
+        render.smoothed(verified.smooth)
+    for report in verified.patches:
+        render.patched(report)
     render.say(_signed(verified, own))
     render.document(_document(verified), flags["as_json"])
 
