@@ -23,7 +23,7 @@ from mlflow_kdguard.detox.keep import keep
 from mlflow_kdguard.detox.loop import drive
 from mlflow_kdguard.detox.state import State, Work
 from mlflow_kdguard.errors import NonFiniteError
-from mlflow_kdguard.training.run import one_cycle
+from mlflow_kdguard.training.schedule import one_cycle
 
 NAME = "unlearn"
 _REDRAWN = 0.04

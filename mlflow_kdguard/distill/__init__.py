@@ -10,6 +10,7 @@ from mlflow_kdguard import extensions
 from mlflow_kdguard.config import DistillSection
 from mlflow_kdguard.data import Dataset, concat
 from mlflow_kdguard.distill.look import Look, Row, Term
+from mlflow_kdguard.distill.verifiable import regularisers
 from mlflow_kdguard.errors import ModelError
 from mlflow_kdguard.nets.zoo import Classifier
 from mlflow_kdguard.records import Progress, silent
@@ -33,7 +34,8 @@ def train(
 ) -> Fitted:
     """Train `student` in place towards `reference`, on the transfer and the clean images together.
 
-    loss = config.loss + feature_weight · config.feature + label_weight · CE on labelled images.
+    loss = config.loss + feature_weight · config.feature + label_weight · CE on labelled images,
+    and the terms of `verifiable.regularisers`.
     Labels of transfer images count where they are known: pass `transfer.unlabelled()` where they
     must not. The reference (and `features_from`, the network whose features are matched) stays
     as it is, in evaluation mode. Resumes from `checkpoint` as `training.fit` does.
@@ -51,7 +53,7 @@ def train(
         return fit(
             student,
             data,
-            partial(_loss, reference, terms, config.label_weight),
+            partial(_loss, reference, terms, config),
             config,
             seed=seed,
             device=device,
@@ -92,14 +94,18 @@ def _terms(
 
 
 def _loss(
-    reference: nn.Module, terms: Weighted, label_weight: float, student: nn.Module, batch: Batch
+    reference: nn.Module,
+    terms: Weighted,
+    config: DistillSection,
+    student: nn.Module,
+    batch: Batch,
 ) -> Tensor:
     tapped = tuple(dict.fromkeys(name for _, term in terms for name in term.taps))
     look = Look(student, reference, batch, tapped)
-    loss = torch.zeros((), device=batch.x.device)
+    loss = regularisers(config, look)
     for weight, term in terms:
         loss = loss + weight * term.value(look)
-    return loss if label_weight == 0 else loss + label_weight * look.labels
+    return loss if config.label_weight == 0 else loss + config.label_weight * look.labels
 
 
 def _along(terms: Weighted) -> nn.Module:

@@ -4,6 +4,8 @@ KL is summed over classes and averaged over the batch (the reference code of ARD
 by the number of classes, too). Cross-entropy counts labelled images only.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,7 +28,7 @@ def sd(
     def value(look: Look) -> Tensor:
         look.report_agreement(look.logits, look.targets)
         loss = config.alpha * softened(look.targets, look.logits, config.temperature).mean()
-        return loss if config.alpha == 1 else loss + (1 - config.alpha) * look.labels
+        return look.with_labels(loss, config.alpha)
 
     return Term(value)
 
@@ -57,7 +59,7 @@ def fd(
         if config.clean_term > 0:
             clean = softened(look.targets, look.logits, config.temperature).mean()
             loss = loss + config.clean_term * clean
-        return loss if config.alpha == 1 else loss + (1 - config.alpha) * look.labels
+        return look.with_labels(loss, config.alpha)
 
     return Term(value)
 
@@ -72,18 +74,25 @@ def softened(targets: Tensor, logits: Tensor, temperature: float) -> Tensor:
 
 def _furthest(look: Look, config: DistillSection) -> Tensor:
     """x*: where student and reference disagree most near each image of the batch."""
-    x = look.batch.x
-    if config.eps == 0 or config.pgd_steps == 0:
-        return x
 
     def objective(near: Tensor) -> Tensor:
         targets, logits = as_float(look.reference(near)), as_float(look.student(near))
         return softened(targets, logits, config.temperature)
 
+    return worst(look, config, objective)
+
+
+def worst(look: Look, config: DistillSection, objective: Callable[[Tensor], Tensor]) -> Tensor:
+    """The end of `pgd_steps` ascents of `objective` (images -> N scores) from a random start.
+
+    The student is in evaluation mode meanwhile. Without radius or steps: the images themselves.
+    """
+    if config.eps == 0 or config.pgd_steps == 0:
+        return look.batch.x
     look.student.eval()
     found = ascend(
         objective,
-        x,
+        look.batch.x,
         eps=config.eps,
         steps=config.pgd_steps,
         start="random",

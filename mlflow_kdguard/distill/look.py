@@ -52,6 +52,10 @@ class Look:
         )
         return total / len(self.batch.y)
 
+    def with_labels(self, loss: Tensor, alpha: float) -> Tensor:
+        """`loss` + (1-α)·CE(S(x), y); no label is read where α is 1."""
+        return loss if alpha == 1 else loss + (1 - alpha) * self.labels
+
     def report_agreement(self, logits: Tensor, targets: Tensor) -> None:
         """Report how often student and reference name the same class."""
         same = logits.detach().argmax(1) == targets.argmax(1)

@@ -1,4 +1,4 @@
-"""`fit`: SGD with Nesterov momentum under a one-cycle schedule, resumable to the bit."""
+"""`fit`: SGD with Nesterov momentum under a schedule of rates, resumable to the bit."""
 
 import math
 import time

@@ -1,6 +1,5 @@
 """One run between two steps: what a step does, and everything that the next one depends on."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from mlflow_kdguard.config import Loop
 from mlflow_kdguard.errors import NonFiniteError
 from mlflow_kdguard.training.batches import Batches, derive
+from mlflow_kdguard.training.schedule import rate
 
 _AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,20 +35,6 @@ class Batch:
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 """Called with the net in train mode; returns the 0-d loss that is minimised."""
-
-
-def one_cycle(step: int, steps: int, peak: float) -> float:
-    """Learning rate of a step: cosine from peak/25 up over 30 % of the steps, then to peak/250,000.
-
-    Smith & Topin, arXiv 1708.07120, with the constants of torch's OneCycleLR.
-    """
-    low, last = peak / 25.0, peak / 25.0 / 1e4
-    turn = 0.3 * steps - 1
-    if step <= turn:
-        start, end, share = low, peak, step / turn if turn else 1.0
-    else:
-        start, end, share = peak, last, min(1.0, (step - turn) / max(steps - 1 - turn, 1e-12))
-    return end + (start - end) / 2.0 * (1.0 + math.cos(math.pi * share))
 
 
 class Run:
@@ -103,7 +89,7 @@ class Run:
         ):
             value = loss(self._net, batch)
         self._scaler.scale(value).backward()  # type: ignore[no-untyped-call]
-        self._sgd.param_groups[0]["lr"] = one_cycle(self.done, self.steps, self._loop.lr)
+        self._sgd.param_groups[0]["lr"] = rate(self.done, self.steps, self._loop)
         self._scaler.step(self._sgd)
         self._scaler.update()
         self._account({"loss": value, **batch.figures})
