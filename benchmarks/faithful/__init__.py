@@ -1,0 +1,1 @@
+"""The comparison of "Faithful Knowledge Distillation" (arXiv 2306.04431), and what beats it."""

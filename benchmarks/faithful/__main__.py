@@ -1,0 +1,65 @@
+"""The paper's comparison: python -m benchmarks.faithful [--verifiable] [--quick] [--folder FOLDER].
+
+Trains teachers and students of paper.yaml, bounds their confidence gaps, prints the table and
+whether the paper's orderings hold, and writes benchmarks/results/faithful.json and
+docs/images/faithful.png. With --verifiable: verifiable.yaml, plain faithful distillation against
+the recipe that is made for bounds. Every network and every bound is a cell in FOLDER, finished or
+absent: a run that was killed goes on where it was. --quick takes few seeds, epochs and images, and
+writes -quick files. EmpLB is `lower`, FaithUB `upper`.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import yaml
+
+from benchmarks.faithful import paper, picture, verifiable
+from benchmarks.record import machine, write
+
+HERE = Path(__file__).parent
+IMAGES = HERE.parents[1] / "docs" / "images"
+
+
+def main() -> None:
+    """Run what is asked for and record it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--verifiable", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--folder", type=Path, default=Path("kdguard-work/faithful"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the specification's")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    name = "verifiable" if given.verifiable else "paper"
+    spec = yaml.safe_load((HERE / f"{name}.yaml").read_text())
+    if given.seeds:
+        spec["seeds"] = given.seeds
+        spec["quick"]["seeds"] = given.seeds
+    suffix = "-quick" if given.quick else ""
+    body = {**machine(), "spec": spec, "quick": given.quick, "threads": given.threads}
+    if given.verifiable:
+        chosen = {**spec, **spec["quick"]} if given.quick else spec
+        rows = verifiable.run(chosen, given.folder)
+        print(verifiable.table(rows))
+        body |= {"verdict": verifiable.verdict(rows), "rows": rows}
+        picture.draw_verifiable(rows, IMAGES / f"faithful-verifiable{suffix}.png")
+        print(f"wrote {write(f'faithful-verifiable{suffix}.json', body)}")
+        return
+    rows = paper.run(spec, given.folder, quick=given.quick)
+    means, held = paper.summary(rows), paper.orderings(rows)
+    print(paper.table(spec, means))
+    for each in held:
+        print(
+            f"{each['set']:14} {each['eps']:6g} {each['method']:7} {each['statement']:28} "
+            f"in {each['holds']} of {each['seeds']}"
+        )
+    body |= {"summary": means, "orderings": held, "rows": rows}
+    picture.draw(rows, IMAGES / f"faithful{suffix}.png")
+    print(f"wrote {write(f'faithful{suffix}.json', body)}")
+
+
+if __name__ == "__main__":
+    main()

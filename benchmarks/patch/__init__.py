@@ -1,0 +1,1 @@
+"""How much any patch can do to guarded and naive students, proved and found."""

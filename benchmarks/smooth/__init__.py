@@ -1,0 +1,1 @@
+"""What is certified about a smoothed pair of residual networks."""

@@ -1,0 +1,1 @@
+"""Our bounds beside those of an integer program, and beside α-CROWN of softmax."""

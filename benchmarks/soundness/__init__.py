@@ -1,0 +1,1 @@
+"""Certified bounds against what attacks and enumeration find on random small networks."""
