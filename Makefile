@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 # What decides about a promotion. It is held to a higher coverage than the rest.
-TRUST := errors files draw intervals records bundle artifacts extensions config policy graph attest gate ledger
+TRUST := errors files draw intervals records bundle artifacts extensions config policy graph proof attest gate ledger
 comma := ,
 empty :=
 space := $(empty) $(empty)

@@ -30,6 +30,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "sd": "mlflow_kdguard.distill.logits:sd",
         "fd": "mlflow_kdguard.distill.logits:fd",
         "adaad": "mlflow_kdguard.distill.logits:fd",
+        "ard": "mlflow_kdguard.distill.robust:ard",
+        "rslad": "mlflow_kdguard.distill.robust:rslad",
         "ofd": "mlflow_kdguard.distill.features:ofd",
         "none": "mlflow_kdguard.distill.labels:none",
     },
@@ -37,6 +39,13 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "interval": "mlflow_kdguard.certify.relax:interval",
         "crown": "mlflow_kdguard.certify.relax:crown",
         "branch": "mlflow_kdguard.certify.relax:branch",
+        "lp": "mlflow_kdguard.certify.milp:lp",
+        "milp": "mlflow_kdguard.certify.milp:milp",
+    },
+    "solver": {
+        "highs": "mlflow_kdguard.solvers.highs:ADAPTER",
+        "scip": "mlflow_kdguard.solvers.scip:ADAPTER",
+        "gurobi": "mlflow_kdguard.solvers.gurobi:ADAPTER",
     },
 }
 

@@ -20,14 +20,14 @@ from pathlib import Path
 
 from mlflow_kdguard.config import GuardConfig
 from mlflow_kdguard.errors import UsageError
-from mlflow_kdguard.flow import given, judging, making, verifying
+from mlflow_kdguard.flow import given, judging, making, patching, smoothing, verifying
 from mlflow_kdguard.flow.work import Grant, Work, opened
 from mlflow_kdguard.records import Decision, Figures, Progress, silent
 from mlflow_kdguard.registry import Run
 
 __all__ = ["Grant", "Outcome", "guard", "staged"]
 
-BUILDERS_OWN = ("certify", "attest")
+BUILDERS_OWN = ("certify", "certify-smooth", "certify-patch", "attest")
 """Stages that a verifier's work takes the place of."""
 
 
@@ -83,8 +83,12 @@ def staged(work: Work) -> Outcome:
     measured = judging.measured(work, made, (made.audit, student_audit), shown)
     if work.grant.verifier is None or work.until in BUILDERS_OWN:
         nonce, bounds = work.nonce, judging.certified(work, made, shown)
-        figures = judging.figures(made, measured, bounds, student_audit)
-        judging.attested(work, made, figures, version, shown)
+        smooth = smoothing.smoothed(work, made, shown)
+        patches = patching.patched(work, made, shown)
+        figures = judging.figures(
+            made, measured, bounds, student_audit, patches=patches, smooth=smooth
+        )
+        judging.attested(work, made, figures, version, shown, bounds=bounds)
     else:
         seen = verifying.verified(work, made, version, shown)
         nonce, figures = seen.recorded["nonce"], verifying.figures(seen)

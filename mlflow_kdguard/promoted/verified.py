@@ -21,6 +21,7 @@ from mlflow_kdguard.bundle import MODEL
 from mlflow_kdguard.config import RegistrySection
 from mlflow_kdguard.errors import CertificateError, UsageError
 from mlflow_kdguard.measure.session import Session
+from mlflow_kdguard.measure.smoothed import Smoothed
 from mlflow_kdguard.promoted.evidence import LATE, Evidence, examine
 from mlflow_kdguard.promoted.trust import Key, Revoked, identities, trusted
 from mlflow_kdguard.records import Certificate, Signatory
@@ -62,6 +63,21 @@ class VerifiedModel:
         infinite.
         """
         return self.session.logits(np.asarray(images, np.float32), batch)
+
+    def smoothed(self, *, draws: int = 1000, seed: int | None = None) -> Smoothed:
+        """The smoothed classifier that the certificate's smoothed figure is about.
+
+        Raises CertificateError where it has none, or several with different noise.
+        """
+        figures = self.certificate.figures.faithful
+        sigmas = {figure.sigma for figure in figures if figure.method == "smoothed"}
+        sigma = next(iter(sigmas), None)
+        if sigma is None or len(sigmas) > 1:
+            raise CertificateError(
+                f"the certificate of {self.uri} names no noise to smooth with, or several.",
+                remedy="Make measure.smoothed.Smoothed with a sigma of your own.",
+            )
+        return Smoothed(self.session, sigma, draws=draws, seed=seed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ RULES: tuple[Row, ...] = (
     Row("reference.gap", "/reference/gap_mean", "kdguard/reference_gap_mean"),
     Row("reference.distinct", "/reference/student_gap_max", "kdguard/reference_student_gap_max"),
     Row("faithful", "/faithful/*/within", "kdguard/faithful_share_within/reference"),
+    Row("faithful", "/faithful/*/within", "kdguard/smoothed_share_within/<sigma>/<radius>"),
+    Row("patch", "/patch/*/each", "kdguard/patch_asr_upper/<size>/<target>"),
     Row("audit.teacher", "/audit/teacher/p_value", "kdguard/audit_p_value/teacher"),
     Row("audit.student", "/audit/student/p_value", "kdguard/audit_p_value/student"),
     Row("export", "/export/softmax_max", "kdguard/export_parity"),
@@ -119,6 +121,33 @@ def _certify(document: Mapping[str, Any], _about: str) -> Pairs:
     return pairs
 
 
+def _smooth(document: Mapping[str, Any], _about: str) -> Pairs:
+    """The smoothed pair's gap, by the noise's deviation and the radius: means, and the share."""
+    proved = sum(sample["status"] == "PROVED" for sample in document["samples"])
+    n = len(document["samples"])
+    figures = (
+        ("lower_mean", document["lower_mean"]),
+        ("upper_mean", document["upper_mean"]),
+        ("share_within", proved / n if n else None),
+    )
+    at = (f"{document['sigma']:g}", f"{document['radius']:g}")
+    return [(metric_name(f"smoothed_{name}", *at), value) for name, value in figures]
+
+
+def _patch(document: Mapping[str, Any], _about: str) -> Pairs:
+    """Certified rates, what attacks reach, and the population's bounds, by size and target."""
+    size, target = str(document["size"]), str(document["target"])
+    pairs: Pairs = []
+    for kind, name in (("each", "patch"), ("universal", "patch_universal")):
+        flips = document[kind]
+        pairs += [
+            (metric_name(f"{name}_asr", size, target), flips["rate"]),
+            (metric_name(f"{name}_asr_found", size, target), flips["attack"] / flips["n"]),
+            (metric_name(f"{name}_asr_upper", size, target), flips["upper"]),
+        ]
+    return pairs
+
+
 def _audit(document: Mapping[str, Any], about: str) -> Pairs:
     values = [d["p_value"] for d in document["detectors"] if d["p_value"] is not None]
     pairs: Pairs = [(metric_name("audit_p_value", about), min(values) if values else None)]
@@ -157,6 +186,8 @@ def _rate(figure: Mapping[str, Any]) -> float | None:
 _READERS: dict[str, Callable[[Mapping[str, Any], str], Pairs]] = {
     "kdguard.measure/1": _measure,
     "kdguard.certify/1": _certify,
+    "kdguard.patch/1": _patch,
+    "kdguard.smooth/1": _smooth,
     "kdguard.audit/1": _audit,
     "kdguard.export": _export,
 }

@@ -89,6 +89,74 @@ def test_the_run_shows_configuration_data_figures_and_lineage(
     assert run.info.artifact_uri.startswith(str(place / "mlartifacts"))
 
 
+def test_patches_are_a_stage_and_a_rule_where_they_are_asked_for(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "strict.yaml").write_text(
+        "policy: {patch: {targets: [3], size: 2, positions: [[6, 6]], upper_at_most: 0.001}}"
+    )
+    asked = "patch.targets=[0, 3]; patch.size=2; patch.samples=5; patch.nodes=5; patch.pgd_steps=2"
+    assert _run("--set", asked, "--policy", "strict.yaml", "--allow-unpinned") == REFUSED
+    said = json.loads(capsys.readouterr().out)
+    rule = next(rule for rule in said["decision"]["rules"] if rule["rule"] == "patch")
+    assert not rule["ok"]
+    assert "towards class 3 may flip" in rule["why"]
+    assert "5 images were drawn" in rule["why"]
+    assert "draw gives" not in rule["why"]
+    client, (run,) = _runs(place)
+    assert {"kdguard/patch_asr_upper/2/0", "kdguard/patch_asr_upper/2/3"} <= set(run.data.metrics)
+    folder = place / "work: #2" / "certify-patch"
+    report = json.loads((folder / "patch-3.json").read_text())
+    assert rule["figure"] >= report["each"]["rate"]
+    done = (folder / "done.json").stat().st_mtime_ns
+    assert _run("--set", asked, "--policy", "strict.yaml", "--allow-unpinned") == REFUSED
+    assert (folder / "done.json").stat().st_mtime_ns == done
+    assert client.get_model_version("own", "1").tags["kdguard.certificate"]
+
+
+def test_a_smoothed_pair_is_a_stage_and_one_way_to_be_faithful(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rule names the smoothed option's shortcomings, and nothing about its draw."""
+    (place / "smoothed.yaml").write_text(
+        "policy: {faithful: {any_of: [{method: smoothed, norm: l2, sigma: 0.25, radius: 0.25,"
+        " delta: 0.3, share_lower_at_least: 0.8, samples_at_least: 100}]}}"
+    )
+    asked = "smooth.sigma=0.25; smooth.samples=12; smooth.draws=60"
+    more = ("--policy", "smoothed.yaml", "--allow-unpinned")
+    assert _run("--set", asked, *more) == REFUSED
+    said = json.loads(capsys.readouterr().out)
+    rule = next(rule for rule in said["decision"]["rules"] if rule["rule"] == "faithful")
+    assert not rule["ok"]
+    assert "12 images were drawn" in rule["why"]
+    for absent in ("draw gives", "there is no smoothed", "by chance", "another", "nonce"):
+        assert absent not in rule["why"]
+    client, (run,) = _runs(place)
+    assert "kdguard/smoothed_share_within/0.25/0.25" in run.data.metrics
+    folder = place / "work: #2" / "certify-smooth"
+    report = json.loads((folder / "smooth.json").read_text())
+    assert len(report["samples"]) == 12
+    done = (folder / "done.json").stat().st_mtime_ns
+    assert _run("--set", asked, *more) == REFUSED
+    assert (folder / "done.json").stat().st_mtime_ns == done
+    assert client.get_model_version("own", "1").tags["kdguard.certificate"]
+    capsys.readouterr()
+    assert _run("--set", asked.replace("sigma=0.25", "sigma=0.5"), *more) == REFUSED
+    said = json.loads(capsys.readouterr().out)
+    rule = next(rule for rule in said["decision"]["rules"] if rule["rule"] == "faithful")
+    assert "smoothed with sigma 0.5, not 0.25" in rule["why"]
+
+
+def test_without_targets_there_is_no_such_stage(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run() == REFUSED
+    said = json.loads(capsys.readouterr().out)
+    assert not (place / "work: #2" / "certify-patch").exists()
+    assert not (place / "work: #2" / "certify-smooth").exists()
+    assert ("patch", True) in _verdicts(said)
+
+
 def test_resumed_from_another_folder_with_relative_paths(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

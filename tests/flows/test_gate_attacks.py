@@ -70,13 +70,21 @@ def _documents(digests: dict[str, str]) -> dict[str, Record]:
     drawn = draw(c.POPULATION, c.SAMPLES, *parts, "")
     samples = tuple(
         CertifiedSample(
-            index=i, label=0, reference_class=0, lower=0, upper=0.1, status=Status.PROVED, method=""
+            index=i,
+            label=0,
+            reference_class=0,
+            lower=0,
+            bound=0.1,
+            float32_margin=0,
+            upper=0.1,
+            status=Status.PROVED,
+            method="",
         )
         for i in drawn
     )
     summary = CertifySummary(
-        n=c.SAMPLES, lower_mean=0, upper_mean=0.1, upper_p95=0.1, upper_max=0.1, seconds_mean=0,
-        share_within={},
+        n=c.SAMPLES, lower_mean=0, bound_mean=0.1, float32_margin_mean=0, upper_mean=0.1,
+        upper_p95=0.1, upper_max=0.1, seconds_mean=0, share_within={},
     )  # fmt: skip
     found = (Finding(name="inversion", score=1.0),)
     taken = c.figures()

@@ -100,6 +100,28 @@ def test_a_broken_plugin_starts_no_server(tmp_path: Path) -> None:
     assert "mlflow-kdguard cannot be loaded" in done.stderr
 
 
+def test_the_app_starts_no_server_where_not_even_the_entry_can_be_imported(tmp_path: Path) -> None:
+    """MLflow drops the scheme with a warning; the app wants a gated store, and ends the command."""
+    operator = Operator.install(tmp_path / "operator", URI)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "mlflow", "server", "--port", "0", "--app-name", "kdguard"),
+            *("--backend-store-uri", "sqlite:///m.db"),
+            *("--registry-store-uri", "kdguard+sqlite:///m.db"),
+        ],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
+        env=os.environ
+        | {
+            "PYTHONPATH": str(_without_plugin(tmp_path)),
+            "KDGUARD_SERVER": str(operator.settings),
+            "KDGUARD_AUTH": "none",
+        },
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "kdguard" in done.stderr
+    assert "Uvicorn running" not in done.stderr
+
+
 def test_without_the_plugin_its_scheme_is_unknown_and_every_request_is_refused(
     tmp_path: Path,
 ) -> None:

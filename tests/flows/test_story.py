@@ -53,6 +53,15 @@ def test_the_guarded_student_does_not_and_is_promoted(story: dict[str, Any]) -> 
 
 
 @pytest.mark.filterwarnings("ignore:.*Any type hint is inferred.*:UserWarning")
+@pytest.mark.parametrize("name", ["naive", "guarded"])
+def test_rounding_costs_hardly_anything_of_a_bound(
+    story: dict[str, Any], place: Path, name: str
+) -> None:
+    """Behind a margin cap, too, which compares the logits of two networks."""
+    report = json.loads((place / "work" / name / "verify" / "certify.json").read_text())
+    assert 0.0 < report["summary"]["float32_margin_mean"] < 0.01  # .12 from intervals
+
+
 def test_the_champion_serves_the_bytes_that_were_certified(
     story: dict[str, Any], place: Path, uri: str
 ) -> None:

@@ -19,6 +19,7 @@ from flows.servers import MlflowServer
 from mlflow_kdguard import data
 from mlflow_kdguard.attest import Signer, check, issue, keygen, subjects_of
 from mlflow_kdguard.attest.signing import public_path
+from mlflow_kdguard.certify.smooth import certify_smooth
 from mlflow_kdguard.config import GuardConfig, parse
 from mlflow_kdguard.data import Dataset
 from mlflow_kdguard.draw import draw
@@ -32,9 +33,9 @@ from mlflow_kdguard.files import sha256
 from mlflow_kdguard.flow.decision import judge
 from mlflow_kdguard.flow.evidence import INDEX, pack
 from mlflow_kdguard.flow.verification import Own, Verified, verify
-from mlflow_kdguard.measure import measure
+from mlflow_kdguard.measure import Session, measure
 from mlflow_kdguard.nets import emit
-from mlflow_kdguard.records import Certificate, Model, format_time
+from mlflow_kdguard.records import Certificate, Figures, Model, format_time
 from mlflow_kdguard.registry import Nonce, Registry
 from mlflow_kdguard.triggers import Trigger
 from mlflow_kdguard_cli.main import answer
@@ -46,7 +47,12 @@ pytestmark = [
 
 CPU = torch.device("cpu")
 VIC, BEA = signer("Vic", "verifier"), signer("Bea", "builder")
-QUICK = {"audit": {"steps": 2, "radius": 1.0}, "certify": {"samples": 5, "pgd_steps": 2}}
+QUICK = {
+    "audit": {"steps": 2, "radius": 1.0},
+    "certify": {"samples": 5, "pgd_steps": 2},
+    "patch": {"targets": [0, 3], "size": 1, "samples": 5, "nodes": 9, "pgd_steps": 2},
+    "smooth": {"sigma": 0.25, "samples": 6, "draws": 50},
+}
 CONFIG: GuardConfig = parse(QUICK, "tests")
 
 
@@ -136,6 +142,43 @@ def told(files: Mapping[str, bytes], name: str, registry: str, teacher: bytes) -
 # ── What is measured and signed ─────────────────────────────────────────────────────────────────
 
 
+def test_the_smoothed_pair_is_bounded_with_noise_that_nobody_knew(
+    verified: Verified, test_images: Dataset
+) -> None:
+    """Beside the certified figure there is one of another kind; whoever knows the entropy repeats
+    it, and by the digests and the nonce alone it does not come out.
+    """
+    certified, figure = verified.certificate.figures.faithful
+    report = verified.smooth
+    assert report is not None
+    assert (certified.method, figure.method, figure.norm) == ("certified", "smoothed", "l2")
+    assert (figure.sigma, figure.eps, figure.error) == (0.25, 0.25, 0.001)
+    assert figure.within == report.within
+    assert figure.indices == tuple(sample.index for sample in report.samples)
+    assert len(report.noise) == 32
+    nets = [Session(blob, device=CPU, where="it") for blob in (REFERENCE, STUDENT)]
+    for entropy, same in ((report.noise, True), ("", False)):
+        again = certify_smooth(
+            nets[0],
+            nets[1],
+            test_images,
+            config=CONFIG.smooth,
+            nonce=report.nonce,
+            entropy=entropy,
+        )
+        means = [[s.gap_mean for s in found.samples] for found in (report, again)]
+        assert (means[0] == means[1]) is same
+
+
+def test_patches_are_bounded_on_the_stored_bytes(verified: Verified) -> None:
+    figures = verified.certificate.figures.patch
+    assert [figure.target for figure in figures] == [0, 3]
+    for figure, report in zip(figures, verified.patches, strict=True):
+        assert figure.student.sha256 == sha256(STUDENT)
+        assert (figure.each, figure.ranks) == (report.each, tuple(s.rank for s in report.samples))
+        assert report.complete
+
+
 def test_the_certificate_states_what_the_bytes_do(
     place: Place, verified: Verified, test_images: Dataset
 ) -> None:
@@ -180,17 +223,19 @@ def test_it_is_the_verifiers_word_about_these_bytes(place: Place, verified: Veri
 
 
 def test_the_images_are_drawn_from_the_digests(place: Place, verified: Verified) -> None:
-    (figure,) = verified.certificate.figures.faithful
+    figure, smoothed = verified.certificate.figures.faithful
     digests = (sha256(REFERENCE), sha256(STUDENT), place.own.test.sha256)
     assert figure.indices == draw(len(place.own.test), 5, *digests, "")
+    assert smoothed.indices == draw(len(place.own.test), smoothed.within.n, *digests, "")
     assert verified.certificate.attempt == 1
 
 
 def test_a_nonce_draws_others_and_the_gate_asks_for_it(place: Place, verified: Verified) -> None:
     again = place.verify(verified.uri, nonce=Nonce(nonce="abc", attempt=3))
-    (figure,), (before,) = (v.certificate.figures.faithful for v in (again, verified))
-    assert figure.nonce == "abc"
-    assert figure.indices != before.indices
+    pairs = zip(*(v.certificate.figures.faithful for v in (again, verified)), strict=True)
+    for figure, before in pairs:
+        assert figure.nonce == "abc"
+        assert figure.indices != before.indices
     assert again.certificate.attempt == 3
     for nonce, refused in (("", True), ("abc", False)):
         decision = judge(
@@ -214,7 +259,18 @@ def test_no_figure_of_the_builder_is_taken_over(place: Place) -> None:
     found = place.verify(uri).certificate
     assert place.carried(uri) != lie
     honest = place.verify(place.register(packed(), name="silent")).certificate
-    assert found.figures == honest.figures
+    # Counts under noise are the verifier's own dice, thrown anew each time.
+    assert _without_dice(found.figures) == _without_dice(honest.figures)
+
+
+def _without_dice(figures: Figures) -> Figures:
+    still = [
+        f.model_copy(update=dict.fromkeys(("within", "lower_mean", "upper_mean", "control")))
+        if f.method == "smoothed"
+        else f
+        for f in figures.faithful
+    ]
+    return figures.model_copy(update={"faithful": tuple(still)})
 
 
 # ── What is not measured at all ─────────────────────────────────────────────────────────────────

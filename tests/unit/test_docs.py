@@ -17,7 +17,7 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), ROOT / "CONTRIB
 def _commands(page: Path) -> list[str]:
     text = page.read_text().replace("\\\n", " ")
     return [
-        line.partition("#")[0].strip()
+        re.split(r"\s#", line)[0].strip()
         for line in re.findall(r"^\$ (kdguard .*)$", text, flags=re.MULTILINE)
     ]
 

@@ -387,6 +387,7 @@ for path in ("/health", "/api/2.0/mlflow/runs/get", "/", "/kdguardian", "/other/
         (["ab" * 32, "x"], ["abababababab…, x"]),
         ({"share_lower": 0.2, "norm": "linf"}, ["share lower 0.2, norm linf"]),
         ([{"eps": 0.01}, {"eps": None}], ["eps 0.01", "eps –"]),
+        ({"positions": [[23, 23], [0, 4]]}, ["positions (23, 23), (0, 4)"]),
     ],
 )
 def test_figures_read_well(value: object, text: list[str]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import toys
-from mlflow_kdguard import bundle, gate
+from mlflow_kdguard import bundle, gate, intervals
 from mlflow_kdguard.errors import ModelError, RegistryError, UnsafeModelError
 from mlflow_kdguard.files import sha256
 from mlflow_kdguard.records import (
@@ -26,15 +26,21 @@ from mlflow_kdguard.records import (
     FaithfulFigure,
     Figures,
     Finding,
+    Flips,
     Measurement,
     Model,
     Paired,
     Parity,
+    PatchPlace,
+    PatchReport,
     Rate,
     ReferenceGap,
+    SmoothReport,
+    SmoothSample,
     Source,
     Status,
 )
+from mlflow_kdguard.records.gather import patch_of
 from mlflow_kdguard.registry import RULES, Bundle, metrics_of
 from mlflow_kdguard.registry import bundle as stored
 from mlflow_kdguard.registry.bundle import read_folder, student_files, write
@@ -78,13 +84,23 @@ def report() -> CertifyReport:
     statuses = (Status.PROVED, Status.UNDECIDED, Status.PROVED, Status.MISCLASSIFIED)
     samples = tuple(
         CertifiedSample(
-            index=i, label=0, reference_class=0, lower=0.1, upper=0.2, status=s, method="crown"
+            index=i,
+            label=0,
+            reference_class=0,
+            lower=0.1,
+            bound=0.19,
+            float32_margin=0.01,
+            upper=0.2,
+            status=s,
+            method="crown",
         )
         for i, s in enumerate(statuses)
     )
     summary = CertifySummary(
         n=4,
         lower_mean=0.1,
+        bound_mean=0.19,
+        float32_margin_mean=0.01,
         upper_mean=0.2,
         upper_p95=0.3,
         upper_max=0.4,
@@ -134,6 +150,36 @@ def exported() -> Exported:
     return Exported(path="model.onnx", sha256=DIGEST, parity=parity)
 
 
+def patches() -> PatchReport:
+    """One of four images may be flipped, by a patch of its own or not."""
+    each, universal = Flips(attack=1, certified=2, n=4), Flips(attack=1, certified=1, n=4)
+    place = PatchPlace(position=(0, 0), each=each, universal=universal, patch=(1.0,))
+    return PatchReport(
+        student=Model(sha256=DIGEST), data=DATA, target=7, size=1, channels=1, margin=1e-4,
+        nodes=9, population=40, selection="uniform-seeded", nonce="", device="cpu", complete=True,
+        clean=Rate(k=0, n=4), each=each, universal=universal, places=(place,), samples=(),
+    )  # fmt: skip
+
+
+def smooth() -> SmoothReport:
+    """A smoothed pair on four images, two of them PROVED."""
+    samples = tuple(
+        SmoothSample(
+            index=i, label=0, reference_class=0, draws=9, lower=0.0, gap_mean=0.1, upper=0.2,
+            status=Status.PROVED if i < 2 else Status.UNDECIDED,
+        )
+        for i in range(4)
+    )  # fmt: skip
+    control = Control(gap_mean=0.8, within=Rate(k=0, n=4))
+    model = Model(sha256=DIGEST)
+    return SmoothReport(
+        sigma=0.25, radius=0.5, delta=0.3, classes="all", draws=9, error=0.001, reference=model,
+        student=model, data=DATA, population=40, selection="uniform-seeded", nonce="", noise="",
+        device="cpu", complete=True, lower_mean=0.0, upper_mean=0.2, curve=(), control=control,
+        samples=samples,
+    )  # fmt: skip
+
+
 def figures() -> Figures:
     """A certificate's figures with everything in them."""
     taken = measurement()
@@ -162,6 +208,7 @@ def figures() -> Figures:
         asr=taken.asr,
         reference=taken.reference,
         faithful=(faithful,),
+        patch=(patch_of(patches()),),
         audit={"teacher": verdict, "student": verdict},
         export=exported().parity,
     )
@@ -170,7 +217,7 @@ def figures() -> Figures:
 def everything() -> dict[str, float]:
     """The metrics of one of every document."""
     found: dict[str, float] = {}
-    for document in (measurement(), report(), exported()):
+    for document in (measurement(), report(), exported(), patches(), smooth()):
         found |= metrics_of(document.document())
     for about in ("teacher", "student"):
         found |= metrics_of(audit_report().document(), about=about)
@@ -187,6 +234,29 @@ def test_the_table_of_rules_points_at_figures_and_names_metrics_that_exist() -> 
         pattern = re.sub(r"<\w+>", "[^/]+", re.escape(row.metric).replace(r"\<", "<"))
         assert any(re.fullmatch(pattern, name) for name in metrics), row
     assert {row.rule for row in RULES} <= {rule.name for rule in gate.RULES}
+
+
+def test_metrics_of_smoothed_pairs_name_noise_and_radius() -> None:
+    found = {n: v for n, v in everything().items() if n.startswith("kdguard/smoothed_")}
+    assert found == {
+        "kdguard/smoothed_lower_mean/0.25/0.5": 0.0,
+        "kdguard/smoothed_upper_mean/0.25/0.5": 0.2,
+        "kdguard/smoothed_share_within/0.25/0.5": 0.5,
+    }
+
+
+def test_metrics_of_patches_are_rates_and_bounds() -> None:
+    found = {
+        name: value for name, value in everything().items() if name.startswith("kdguard/patch_")
+    }
+    assert found == {
+        "kdguard/patch_asr/1/7": 0.5,
+        "kdguard/patch_asr_found/1/7": 0.25,
+        "kdguard/patch_asr_upper/1/7": intervals.upper(2, 4),
+        "kdguard/patch_universal_asr/1/7": 0.25,
+        "kdguard/patch_universal_asr_found/1/7": 0.25,
+        "kdguard/patch_universal_asr_upper/1/7": intervals.upper(1, 4),
+    }
 
 
 def test_metrics_are_the_figures() -> None:

@@ -32,6 +32,7 @@ TRUST_CORE = (
     "policy",
     "ledger",
     "graph",
+    "proof",
     "attest",
     "gate",
 )

@@ -19,6 +19,7 @@ TITLES = {
     "reference.gap": "Reference to teacher, mean gap",
     "reference.distinct": "Reference to student, largest gap",
     "faithful": "Faithful share, lower bound",
+    "patch": "Any patch's success, upper bound",
     "audit.teacher": "Teacher's audit",
     "audit.student": "Student's audit",
     "export": "Export, largest difference",
@@ -65,6 +66,11 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{str(k).replace('_', ' ')} {_text(v)}" for k, v in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(_text(item) for item in value) or "none"
+        return ", ".join(map(_item, value)) or "none"
     text = str(value)
     return f"{text[:12]}…" if len(text) == 64 and " " not in text else text
+
+
+def _item(value: Any) -> str:
+    """One of several: a list among them keeps its ends."""
+    return f"({_text(value)})" if isinstance(value, list | tuple) else _text(value)

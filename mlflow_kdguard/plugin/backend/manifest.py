@@ -22,7 +22,9 @@ FILE = "plugin.yaml"
 MAIN = "main"
 """MLflow's name for the entry point where the user names none."""
 
-LEAVABLE = frozenset({"redteam", "register-teacher", "detox", "verify"})
+LEAVABLE = frozenset(
+    {"redteam", "register-teacher", "detox", "certify-smooth", "certify-patch", "verify"}
+)
 """Stages of ours that the later ones do without."""
 
 

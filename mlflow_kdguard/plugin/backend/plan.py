@@ -121,6 +121,10 @@ def _leave_out(values: dict[str, Any], names: Set[str]) -> None:
         raise ConfigError("-P redteam: the project does not run that stage.")
     if "detox" not in names:
         values.setdefault("detox", {})["chain"] = []
+    if "certify-smooth" not in names:
+        values.setdefault("smooth", {})["sigma"] = None
+    if "certify-patch" not in names:
+        values.setdefault("patch", {})["targets"] = []
     if LOAD not in names:
         values.setdefault("teacher", {})["name"] = None
 
