@@ -93,11 +93,15 @@ def parse(values: Mapping[str, Any], where: str) -> GuardConfig:
         ) from error
 
 
-def explain(error: ValidationError) -> str:
-    """One line for all of pydantic's complaints: key, what is wrong, what was given."""
+def explain(error: ValidationError, names: Mapping[str, str] | None = None) -> str:
+    """One line for all of pydantic's complaints: key, what is wrong, what was given.
+
+    `names`: what some keys are called where their value came from.
+    """
+    names = {} if names is None else names
     lines = []
     for item in error.errors(include_url=False, include_context=False):
-        key = ".".join(str(part) for part in item["loc"]) or "(document)"
+        key = ".".join(names.get(str(part), str(part)) for part in item["loc"]) or "(document)"
         what = "unknown key" if item["type"] == "extra_forbidden" else item["msg"]
         lines.append(f"{key}: {what}")
     return "; ".join(lines) + "."

@@ -7,6 +7,7 @@ import click
 
 from mlflow_kdguard_cli import options
 from mlflow_kdguard_cli.models import opened
+from mlflow_kdguard_cli.sections import section
 
 
 @click.command()
@@ -83,10 +84,7 @@ def audit(**flags: Any) -> int:
 
 
 def _section(flags: dict[str, Any]) -> Any:
-    from pydantic import ValidationError
-
-    from mlflow_kdguard.config import AuditSection, explain
-    from mlflow_kdguard.errors import ConfigError
+    from mlflow_kdguard.config import AuditSection
 
     calibration = flags["calibration"]
     given = {
@@ -94,10 +92,8 @@ def _section(flags: dict[str, Any]) -> Any:
         "shadows": flags["shadows"] or None,
         "calibration": None if calibration is None else str(calibration),
     }
-    try:
-        return AuditSection(**{key: value for key, value in given.items() if value is not None})
-    except ValidationError as error:
-        raise ConfigError(explain(error), remedy="See `kdguard audit --help`.") from error
+    given = {key: value for key, value in given.items() if value is not None}
+    return section(AuditSection, given, "audit")
 
 
 def _keep(folder: Path | None, recovered: Any) -> None:

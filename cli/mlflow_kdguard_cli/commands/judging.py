@@ -7,6 +7,7 @@ import click
 
 from mlflow_kdguard_cli import options
 from mlflow_kdguard_cli.models import opened
+from mlflow_kdguard_cli.sections import section
 
 if TYPE_CHECKING:
     from mlflow_kdguard.measure import Attack
@@ -128,12 +129,14 @@ def certify(**flags: Any) -> int:
     """
     from mlflow_kdguard import data, devices
     from mlflow_kdguard.certify import certify as bound
+    from mlflow_kdguard.config import CertifySection
     from mlflow_kdguard_cli import render
 
     keys = ("method", "solver", "nodes", "norm", "eps", "delta", "classes", "samples", "restarts",
             "memory")  # fmt: skip
     given = {key: flags[key] for key in keys}
-    config = section({**given, "pgd_steps": flags["steps"], "seconds": flags["budget"]})
+    given |= {"pgd_steps": flags["steps"], "seconds": flags["budget"]}
+    config = section(CertifySection, given, "certify")
     shown = data.load(flags["data_uri"], root=flags["data_root"], download=flags["download"])
     with render.progress() as progress:
         report = bound(
@@ -156,16 +159,3 @@ def certify(**flags: Any) -> int:
 
 def _onnx(name: str, flags: dict[str, Any]) -> bytes | None:
     return opened(flags[name], flags, onnx=True).onnx() if flags[name] else None
-
-
-def section(given: dict[str, Any], command: str = "certify") -> Any:
-    """The section `certify` of the configuration from flags; ConfigError explains a wrong one."""
-    from pydantic import ValidationError
-
-    from mlflow_kdguard.config import CertifySection, explain
-    from mlflow_kdguard.errors import ConfigError
-
-    try:
-        return CertifySection(**given)
-    except ValidationError as error:
-        raise ConfigError(explain(error), remedy=f"See `kdguard {command} --help`.") from error

@@ -7,6 +7,7 @@ import click
 
 from mlflow_kdguard_cli import options
 from mlflow_kdguard_cli.models import opened
+from mlflow_kdguard_cli.sections import section
 
 
 @click.command("certify-patch")
@@ -73,7 +74,7 @@ def certify_patch(**flags: Any) -> int:
     from mlflow_kdguard.certify.patch import certify_patch as bound
     from mlflow_kdguard_cli import render
 
-    section = _section(flags)
+    config = _section(flags)
     shown = data.load(flags["data_uri"], root=flags["data_root"], download=flags["download"])
     student = opened(flags["model"], flags, onnx=True).onnx()
     with render.progress() as progress:
@@ -81,7 +82,7 @@ def certify_patch(**flags: Any) -> int:
             student,
             shown,
             target=flags["target"],
-            config=section,
+            config=config,
             nonce=flags["nonce"],
             device=devices.pick(flags["device"]),
             progress=progress,
@@ -96,13 +97,8 @@ def certify_patch(**flags: Any) -> int:
 
 
 def _section(flags: dict[str, Any]) -> Any:
-    from pydantic import ValidationError
-
-    from mlflow_kdguard.config import PatchSection, explain
-    from mlflow_kdguard.errors import ConfigError
+    from mlflow_kdguard.config import PatchSection
 
     keys = ("size", "positions", "samples", "nodes", "margin", "restarts")
-    try:
-        return PatchSection(**{key: flags[key] for key in keys}, pgd_steps=flags["steps"])
-    except ValidationError as error:
-        raise ConfigError(explain(error), remedy="See `kdguard certify-patch --help`.") from error
+    given = {key: flags[key] for key in keys} | {"pgd_steps": flags["steps"]}
+    return section(PatchSection, given, "certify-patch")

@@ -7,6 +7,7 @@ import click
 
 from mlflow_kdguard_cli import options
 from mlflow_kdguard_cli.models import opened
+from mlflow_kdguard_cli.sections import section
 
 
 @click.command("export-query")
@@ -68,8 +69,8 @@ def export_query(**flags: Any) -> None:
     """
     from mlflow_kdguard import data
     from mlflow_kdguard.certify.exchange import Asked, export
+    from mlflow_kdguard.config import CertifySection
     from mlflow_kdguard_cli import render
-    from mlflow_kdguard_cli.commands.judging import section
 
     shown = data.load(flags["data_uri"], root=flags["data_root"], download=flags["download"])
     document = export(
@@ -78,7 +79,9 @@ def export_query(**flags: Any) -> None:
         shown,
         tuple(dict.fromkeys(flags["indices"])),
         flags["out"],
-        config=section({key: flags[key] for key in ("eps", "delta")}, "export-query"),
+        config=section(
+            CertifySection, {key: flags[key] for key in ("eps", "delta")}, "export-query"
+        ),
         asked=Asked(
             flags["classes"],
             ("plus", "minus") if flags["sign"] == "both" else (flags["sign"],),

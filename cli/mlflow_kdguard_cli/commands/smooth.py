@@ -7,6 +7,7 @@ import click
 
 from mlflow_kdguard_cli import options
 from mlflow_kdguard_cli.models import opened
+from mlflow_kdguard_cli.sections import section
 
 
 @click.command("certify-smooth")
@@ -72,7 +73,7 @@ def certify_smooth(**flags: Any) -> int:
     from mlflow_kdguard.measure import opened as session
     from mlflow_kdguard_cli import render
 
-    section = _section(flags)
+    config = _section(flags)
     shown = data.load(flags["data_uri"], root=flags["data_root"], download=flags["download"])
     reference, student = (
         session(
@@ -85,7 +86,7 @@ def certify_smooth(**flags: Any) -> int:
     )
     with render.progress() as progress:
         report = bound(
-            reference, student, shown, config=section, nonce=flags["nonce"], progress=progress
+            reference, student, shown, config=config, nonce=flags["nonce"], progress=progress
         )
     if flags["picture"] is not None:
         from mlflow_kdguard.certify.curve import draw
@@ -97,12 +98,7 @@ def certify_smooth(**flags: Any) -> int:
 
 
 def _section(flags: dict[str, Any]) -> Any:
-    from pydantic import ValidationError
+    from mlflow_kdguard.config import SmoothSection
 
-    from mlflow_kdguard.config import SmoothSection, explain
-    from mlflow_kdguard.errors import ConfigError
-
-    try:
-        return SmoothSection(**{key: flags[key] for key in SmoothSection.model_fields})
-    except ValidationError as error:
-        raise ConfigError(explain(error), remedy="See `kdguard certify-smooth --help`.") from error
+    given = {key: flags[key] for key in SmoothSection.model_fields}
+    return section(SmoothSection, given, "certify-smooth")
