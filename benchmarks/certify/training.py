@@ -1,5 +1,9 @@
 """Train the pairs of a specification, and know whether they are those that were committed."""
 
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +28,8 @@ CLEAN = 500
 """Images at the end of the training set that a student is told are clean."""
 PARITY = 1000
 REFERENCE = "reference"
+CAPABILITY = {"ATEN_CPU_CAPABILITY": "avx2"}
+"""Processors with wider instructions sum in another order, and train other networks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +53,31 @@ class OtherWeightsError(SystemExit):
 
 
 def train(spec: dict[str, Any], number: int, folder: Path) -> Networks:
-    """Train what is missing of pair `number`: one thread, so that it repeats itself to the bit."""
+    """Train what is missing of pair `number`, so that it repeats itself to the bit: with one thread
+    and the instructions of CAPABILITY, which torch reads when it is imported: in its own process.
+    """
     networks = Networks(number, folder)
     names = [REFERENCE, *spec["students"]]
-    if all(networks.path(name).exists() for name in names):
-        return networks
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for name, seconds in _trained(spec, networks):
-            print(f"pair {number}: trained {name} in {seconds:.0f} s", flush=True)
-    finally:
-        torch.set_num_threads(threads)
+    if not all(networks.path(name).exists() for name in names):
+        subprocess.run(
+            [sys.executable, "-m", __name__, str(number), str(folder.resolve())],
+            input=json.dumps(spec),
+            env=os.environ | CAPABILITY | {"OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parents[2],
+            text=True,
+            check=True,
+        )
     return networks
+
+
+def _main() -> None:
+    """Train a pair: its number and folder are the arguments, the specification is on stdin."""
+    torch.set_num_threads(1)
+    number, folder = int(sys.argv[1]), Path(sys.argv[2])
+    spec = json.load(sys.stdin)
+    spec["seeds"] = {int(key): seed for key, seed in spec["seeds"].items()}
+    for name, seconds in _trained(spec, Networks(number, folder)):
+        print(f"pair {number}: trained {name} in {seconds:.0f} s", flush=True)
 
 
 def _trained(spec: dict[str, Any], networks: Networks) -> Iterator[tuple[str, float]]:
@@ -118,8 +136,12 @@ def check(spec: dict[str, Any], networks: Networks, *, other_machine: bool) -> d
     if wrong and not other_machine:
         raise OtherWeightsError(
             f"pair {networks.number}: {', '.join(wrong)} in {networks.folder} are not the networks "
-            "whose sha256 is in the specification. Training repeats itself to the bit on one kind "
-            "of processor and one version of torch; give --other-machine to go on, and the results "
-            "say so."
+            "whose sha256 is in the specification. Training repeats itself to the bit where torch "
+            "has the same version and knows AVX2; give --other-machine to go on, and the "
+            "results say so."
         )
     return found
+
+
+if __name__ == "__main__":
+    _main()
