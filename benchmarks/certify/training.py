@@ -28,7 +28,7 @@ CLEAN = 500
 """Images at the end of the training set that a student is told are clean."""
 PARITY = 1000
 REFERENCE = "reference"
-CAPABILITY = {"ATEN_CPU_CAPABILITY": "avx2"}
+CAPABILITY = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 """Processors with wider instructions sum in another order, and train other networks."""
 
 
