@@ -24,6 +24,7 @@ from mlflow_kdguard.certify.descent import Descended, Descent, Rates
 from mlflow_kdguard.certify.margins import Items
 from mlflow_kdguard.certify.nodes import Nodes
 from mlflow_kdguard.certify.parallel import go_on
+from mlflow_kdguard.certify.pool import Pool
 from mlflow_kdguard.certify.setting import Setting, chunks, verified
 
 STEPS, RATES = 8, Rates(slope=0.1, where=0.03, steep=0.02, low=0.02)
@@ -89,7 +90,7 @@ class Search:
         keep: bool = False,
         reached: Callable[[], Limit | None] = nothing_ends,
     ) -> None:
-        self.setting, self.open = setting, roots
+        self.setting, self.roots = setting, roots
         self.leaves: list[Nodes] | None = [] if keep else None
         self.floor, self.shape = floor.clone(), setting.relaxed.joint.input_shape
         self.upper = torch.full_like(floor, -torch.inf)
@@ -106,16 +107,15 @@ class Search:
 
     def run(self, nodes: int) -> Searched:
         """Split the worst nodes of every question, round by round, up to `nodes` in all."""
-        self.spent = len(self.open)
-        self.open = self._settled(self.open, ROOT_STEPS, ROOT_RATES)
-        while self.spent < nodes and len(self.open) and not self._ended():
-            chosen = self._worst()
-            parents, rest = self.open.take(chosen), self.open.take(~chosen)
-            children, parents = self._branched(parents)
+        self.spent = len(self.roots)
+        pool = Pool(self._settled(self.roots, ROOT_STEPS, ROOT_RATES))
+        while self.spent < nodes and len(pool) and not self._ended():
+            children, parents = self._branched(pool.pop(self._worst(pool)))
             self.spent += len(children)
-            self.open = rest.joined(self._settled(children, STEPS, RATES, parents))
-        self.left[self.open.image] = True
-        self._close(self.open)
+            pool.push(self._settled(children, STEPS, RATES, parents))
+        self.left[pool.image] = True
+        for part in pool.parts(_ROWS):
+            self._close(part)
         return Searched(self.upper, self.spent, self.best, self.left)
 
     def _ended(self) -> bool:
@@ -124,11 +124,11 @@ class Search:
             self.stopped = self.reached()
         return self.stopped is not None
 
-    def _worst(self) -> Tensor:
+    def _worst(self, pool: Pool) -> Tensor:
         """Which open nodes are among the WIDTH of the largest bounds of their image (bool N)."""
-        order = self.open.bound.argsort(descending=True, stable=True)
-        order = order[self.open.image[order].argsort(stable=True)]
-        image = self.open.image[order]
+        order, image = pool.bound.argsort(descending=True, stable=True), pool.image
+        order = order[image[order].argsort(stable=True)]
+        image = image[order]
         counts = torch.bincount(image, minlength=len(self.floor))
         rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[image]
         chosen = torch.zeros(len(order), dtype=torch.bool, device=order.device)
