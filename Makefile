@@ -22,7 +22,7 @@ PARALLEL := -n auto --maxprocesses $(WORKERS) --dist loadscope
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## the whole story on real digits and a registry on this disk (under 4 minutes)
+demo: $(STAMP) ## the whole story on real digits and a registry on this disk (under 5 minutes)
 	$(BIN)/kdguard demo --out kdguard-demo
 
 test: $(STAMP) ## all tests, with coverage floors for the package and for the trust core
