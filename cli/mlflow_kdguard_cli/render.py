@@ -230,8 +230,8 @@ def certified(value: CertifyReport) -> None:
     )
     ended = Counter[str](sample.stopped for sample in value.samples if sample.stopped is not None)
     if ended:
-        told = ", ".join(f"{count} images by {limit}" for limit, count in sorted(ended.items()))
-        say(f"not searched to the end: {told}")
+        told = (f"{counted(n, 'image')} (limit: {limit})" for limit, n in sorted(ended.items()))
+        say(f"not searched to the end: {', '.join(told)}")
     if value.interrupted:
         late = sum(sample.method == "skipped" for sample in value.samples)
         say(f"INTERRUPTED: {late} of {s.n} images were not bounded; this report is not attested")

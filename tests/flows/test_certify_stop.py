@@ -198,7 +198,7 @@ def test_a_limit_that_ended_the_search_is_in_the_report(
     argv = asked(networks, "--samples", "3", flag, value, "--proofs", str(tmp_path / "proofs"))
     assert answer(argv) == 0
     shown = capsys.readouterr()
-    assert f"images by {limit}" in shown.err.replace("\n", " ")
+    assert f"images (limit: {limit})" in shown.err.replace("\n", " ")
     told = json.loads(shown.out)
     assert "interrupted" not in told
     report = CertifyReport.model_validate(told)
