@@ -25,7 +25,7 @@ from mlflow_kdguard.certify.margins import Items
 from mlflow_kdguard.certify.nodes import Nodes
 from mlflow_kdguard.certify.parallel import go_on
 from mlflow_kdguard.certify.pool import Pool
-from mlflow_kdguard.certify.setting import Setting, chunks, verified
+from mlflow_kdguard.certify.setting import Setting, at_once, chunks, verified
 
 STEPS, RATES = 8, Rates(slope=0.1, where=0.03, steep=0.02, low=0.02)
 """Steps of Adam in a node, which begins with its parent's parameters."""
@@ -33,15 +33,17 @@ ROOT_STEPS, ROOT_RATES = 60, Rates(slope=0.15, where=0.03, steep=0.05, low=0.03)
 """And in a root."""
 FACTORS = 0.5, 0.25, 0.1, 0.03
 """Shares of the first multipliers that a root may begin with."""
-HIDDEN_ROUNDS, MARGIN_ROUNDS = (12, 100), (40, 10)
+HIDDEN_ROUNDS, MARGIN_ROUNDS = (12, 50), (40, 20)
 """Splits for each open switch, and for each margin, before the search: at least so many, and one
 for so many nodes of the search. Half of the time in boxes is worth more than all of it in nodes."""
-WIDTH = 16
-"""Nodes of each image that are split at a time."""
+WIDTH = 32
+"""Nodes that are split at a time, for each image that is open."""
+FEWEST, MOST = 4, 256
+"""And of one of them: in proportion to the root of what its bound exceeds its largest gap by."""
 RELATIVE, ABSOLUTE = 0.02, 1e-3
 """A node whose bound exceeds the largest gap found by no more than that is left alone."""
-_ROWS = 384
-"""Nodes that go through a descent together: what fits in a processor's cache."""
+_ROWS = 1200
+"""Nodes that go through a descent together: enough that products take longer than their calls."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,6 +93,7 @@ class Search:
         reached: Callable[[], Limit | None] = nothing_ends,
     ) -> None:
         self.setting, self.roots = setting, roots
+        self.rows = at_once(setting, _ROWS)
         self.leaves: list[Nodes] | None = [] if keep else None
         self.floor, self.shape = floor.clone(), setting.relaxed.joint.input_shape
         self.upper = torch.full_like(floor, -torch.inf)
@@ -114,7 +117,7 @@ class Search:
             self.spent += len(children)
             pool.push(self._settled(children, STEPS, RATES, parents))
         self.left[pool.image] = True
-        for part in pool.parts(_ROWS):
+        for part in pool.parts(self.rows):
             self._close(part)
         return Searched(self.upper, self.spent, self.best, self.left)
 
@@ -125,15 +128,26 @@ class Search:
         return self.stopped is not None
 
     def _worst(self, pool: Pool) -> Tensor:
-        """Which open nodes are among the WIDTH of the largest bounds of their image (bool N)."""
+        """Which open nodes are among those of the largest bounds of their image (bool N)."""
         order, image = pool.bound.argsort(descending=True, stable=True), pool.image
         order = order[image[order].argsort(stable=True)]
         image = image[order]
         counts = torch.bincount(image, minlength=len(self.floor))
         rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[image]
         chosen = torch.zeros(len(order), dtype=torch.bool, device=order.device)
-        chosen[order[rank < WIDTH]] = True
+        chosen[order[rank < self._width(pool)[image]]] = True
         return chosen
+
+    def _width(self, pool: Pool) -> Tensor:
+        """How many nodes of each image are split now (int64 Q).
+
+        A node of an image whose bound is far from the truth is worth more than another.
+        """
+        worst = self.floor.scatter_reduce(0, pool.image, pool.bound, "amax")
+        counts = torch.bincount(pool.image, minlength=len(worst))
+        excess = (worst - self.floor).clamp(min=ABSOLUTE).sqrt() * (counts > 0)
+        width = WIDTH * (counts > 0).sum() * excess / excess.sum()
+        return width.round().clamp(FEWEST, MOST).long()
 
     def _branched(self, parents: Nodes) -> tuple[Nodes, Nodes]:
         """All children that are not empty, and the parent of each."""
@@ -152,7 +166,7 @@ class Search:
         """The nodes with parameters of their own; those that need no more splits are closed."""
         parts = [
             self._one(nodes.take(which), steps, rates)
-            for which in chunks(len(nodes), _ROWS, nodes.image.device)
+            for which in chunks(len(nodes), self.rows, nodes.image.device)
         ]
         if not parts:
             return nodes
@@ -196,7 +210,7 @@ class Search:
 
     def _close(self, nodes: Nodes) -> None:
         """What these nodes say, in float64, is part of the bound."""
-        for which in chunks(len(nodes), _ROWS, nodes.image.device):
+        for which in chunks(len(nodes), self.rows, nodes.image.device):
             some = nodes.take(which)
             value = torch.minimum(verified(self.setting, some), some.cap)
             self.upper = self.upper.scatter_reduce(0, some.image, value, "amax")

@@ -20,7 +20,7 @@ from mlflow_kdguard.certify.setting import STEEPEST, Setting
 
 PUSH_RATE = 0.05
 """Of multipliers of fixed switches, in units of the largest coefficient."""
-LEAST = 0.25, 0.1
+LEAST = 0.5, 0.2
 """Of a band's secant: what the multipliers of the higher and of the lower confidence are at least.
 
 A node whose best bound is what its bands say by themselves would let all multipliers vanish. From
@@ -33,7 +33,7 @@ FASTER, SLOWER, SLOWEST, FASTEST = 1.5, 0.7, 0.25, 50.0
 in a narrow band they may have a long way to go."""
 AVERAGED = 2
 """Steps after which points are averaged."""
-BANDS, MARGINS = 0.25, 0.5
+BANDS, MARGINS = 0.12, 0.25
 """How much of a band's and of a margin's score counts beside that of a switch."""
 
 

@@ -17,6 +17,9 @@ from mlflow_kdguard.certify.split import Multipliers, Rows, joint_bound
 STEEPEST = 1e3
 """A steeper line than any derivative of the confidence is what keeps a point inside a band."""
 
+_CELLS = 2_500_000
+"""Switches of all rows that go through the passes together: 10 MiB an array."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Setting:
@@ -62,9 +65,16 @@ class Setting:
         )
 
 
+def at_once(setting: Setting, most: int) -> int:
+    """Rows that go through the passes together: `most`, or what leaves each array small enough."""
+    return max(1, min(most, _CELLS // max(1, setting.columns.width)))
+
+
 def chunks(count: int, size: int, device: torch.device) -> list[Tensor]:
-    """Numbers 0..count - 1 in parts of at most `size`; none where there are none."""
-    return list(torch.split(torch.arange(count, device=device), size)) if count else []
+    """Numbers 0..count - 1 in parts of at most `size`, about equal; none where there are none."""
+    if not count:
+        return []
+    return list(torch.arange(count, device=device).chunk(-(-count // size)))
 
 
 def verified(setting: Setting, nodes: Nodes) -> Tensor:

@@ -22,7 +22,7 @@ from mlflow_kdguard.certify.margins import Items
 from mlflow_kdguard.certify.nodes import begin
 from mlflow_kdguard.certify.ops import Box
 from mlflow_kdguard.certify.quick import Columns, one_bend
-from mlflow_kdguard.certify.setting import Setting, chunks
+from mlflow_kdguard.certify.setting import Setting, at_once, chunks
 
 STEPS = 5
 """Steps of Adam in a leaf."""
@@ -32,7 +32,7 @@ SLOPE_RATE, PUSH_RATE = 0.2, 0.05
 LITTLE, FEW = 0.005, 40
 """A margin whose exponential may be no more than this share of all has no more rounds than that."""
 _TREES = 512
-_LEAVES = 512
+_LEAVES = 1024
 _CELLS = 20_000_000
 """Leaves times switches that are kept side by side: a quarter of a GiB."""
 
@@ -60,10 +60,10 @@ def highest(
     `signs`: stop where a functional is known not to be positive. `kept`: where trees are noted.
     """
     setting = Setting.of(relaxed, (rows.index,))
-    at_once = max(1, min(_TREES, _CELLS // ((rounds + 1) * max(1, setting.columns.width))))
+    side = max(1, min(_TREES, _CELLS // ((rounds + 1) * max(1, setting.columns.width))))
     parts = [
         _Trees(setting, rows.take(which), rounds, signs, kept).grown()
-        for which in chunks(len(rows.image), at_once, rows.image.device)
+        for which in chunks(len(rows.image), side, rows.image.device)
     ]
     return torch.cat(parts) if parts else rows.coef.new_zeros(0)
 
@@ -81,6 +81,7 @@ class _Trees:
     ) -> None:
         self.setting, self.rows, self.rounds, self.signs = setting, rows, rounds, signs
         self.shape = setting.relaxed.joint.ops[rows.index].shape
+        self.leaves = at_once(setting, _LEAVES)
         self.seeds = rows.coef.float()
         r, m = len(rows.image), setting.columns.width
         device = rows.image.device
@@ -138,7 +139,7 @@ class _Trees:
         self.name[tree, turn] = torch.from_numpy(lower + 1)
 
     def _settle(self, tree: Tensor, slot: Tensor, steps: int) -> None:
-        for which in chunks(len(tree), _LEAVES, tree.device):
+        for which in chunks(len(tree), self.leaves, tree.device):
             self._descend(tree[which], slot[which], steps)
 
     def _descend(self, tree: Tensor, slot: Tensor, steps: int) -> None:
@@ -177,7 +178,7 @@ class _Trees:
             at = numpy(self.name[tree.cpu(), slot.cpu()])
             self.kept.note(numpy(tree), at, self.theta[tree, slot], self.phase[tree, slot])
         bounds = []
-        for which in chunks(len(tree), _LEAVES, tree.device):
+        for which in chunks(len(tree), self.leaves, tree.device):
             self.setting.relaxed.go_on()
             t, s = tree[which], slot[which]
             image = self.rows.image[t]
