@@ -196,6 +196,7 @@ class Search:
         descent = Descent(self.setting, nodes, rates)
         if rates is ROOT_RATES:
             descent.rescaled(FACTORS)
+        descent.renewed()
         return descent.run(steps)
 
     def _noted(self, found: Descended) -> Nodes:

@@ -20,7 +20,7 @@ from mlflow_kdguard.certify.setting import STEEPEST, Setting
 
 PUSH_RATE = 0.05
 """Of multipliers of fixed switches, in units of the largest coefficient."""
-LEAST = 0.5, 0.2
+LEAST = 0.25, 0.1
 """Of a band's secant: what the multipliers of the higher and of the lower confidence are at least.
 
 A node whose best bound is what its bands say by themselves would let all multipliers vanish. From
@@ -105,11 +105,24 @@ class Descent:
             kept[1] = torch.where(better[:, None], self.weights, kept[1])
         self.steep, self.weights = kept
 
+    def renewed(self) -> None:
+        """Begin with the low multipliers shared out anew where that bounds a row better.
+
+        From parent to child they can gather in a class that says little, and short descents leave
+        them there: the bound is then what the bands say, in all descendants.
+        """
+        best, _ = self.bound()
+        known = self.weights
+        total = known.expm1().sum(1) * self.size
+        self.weights = (total[:, None] * self.share / self.size[:, None]).log1p()
+        found, _ = self.bound()
+        self.weights = torch.where((found < best)[:, None], self.weights, known)
+
     def run(self, steps: int) -> Descended:
         """Descend, and score."""
         nodes = self.nodes
-        best, _ = self.bound()
-        kept, coef = [value.clone() for value in self.values], self.passes.coef
+        best = torch.full_like(self.size, torch.inf)
+        kept, coef = [value.clone() for value in self.values], torch.zeros_like(self.theta)
         average: Tensor | None = None
         for step in range(steps):
             go_on()
