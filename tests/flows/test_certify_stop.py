@@ -198,12 +198,13 @@ def test_a_limit_that_ended_the_search_is_in_the_report(
     argv = asked(networks, "--samples", "3", flag, value, "--proofs", str(tmp_path / "proofs"))
     assert answer(argv) == 0
     shown = capsys.readouterr()
-    assert f"images (limit: {limit})" in shown.err.replace("\n", " ")
     told = json.loads(shown.out)
     assert "interrupted" not in told
     report = CertifyReport.model_validate(told)
     found = Counter(sample.stopped for sample in report.samples)
     assert found[limit] >= 1
+    noun = "image" if found[limit] == 1 else "images"
+    assert f"{found[limit]} {noun} (limit: {limit})" in shown.err.replace("\n", " ")
     assert set(found) <= {None, limit}
     assert all(s.lower <= s.bound < 1.0 for s in report.samples)
     assert faithful_of(report).within.n == 3
