@@ -5,8 +5,8 @@ whether the paper's orderings hold, and writes benchmarks/results/faithful.json 
 docs/images/faithful.png. With --verifiable: verifiable.yaml, plain faithful distillation against
 the recipe that is made for bounds. Every network and every bound is a cell in FOLDER, finished or
 absent: a run that was killed goes on where it was, and one for fewer sets or students (--sets,
---teachers, --students) leaves its cells to a later one for more. --quick takes few seeds, epochs
-and images, and writes -quick files. EmpLB is `lower`, FaithUB `upper`.
+--teachers, --students; it writes -part files) leaves its cells to a later one for more. --quick
+takes few seeds, epochs and images, and writes -quick files. EmpLB is `lower`, FaithUB `upper`.
 """
 
 import argparse
@@ -47,8 +47,8 @@ def main() -> None:
         spec["seeds"] = given.seeds
         spec["quick"]["seeds"] = given.seeds
     for kind, names in chosen.items():
-        spec = _only(spec, kind, names)
-    suffix = "-quick" if given.quick else ""
+        spec = only(spec, kind, names)
+    suffix = "-quick" if given.quick else "-part" if chosen else ""
     body = {**machine(), "spec": spec, "quick": given.quick, "threads": given.threads}
     if given.verifiable:
         rows = verifiable.run({**spec, **spec["quick"]} if given.quick else spec, given.folder)
@@ -70,7 +70,7 @@ def main() -> None:
     print(f"wrote {write(f'faithful{suffix}.json', body)}")
 
 
-def _only(spec: dict[str, Any], kind: str, names: list[str]) -> dict[str, Any]:
+def only(spec: dict[str, Any], kind: str, names: list[str]) -> dict[str, Any]:
     """The specification with these sets, teachers or students alone."""
     unknown = set(names) - set(spec.get(kind, ()))
     if unknown:

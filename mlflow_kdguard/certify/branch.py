@@ -135,19 +135,9 @@ class Search:
         counts = torch.bincount(image, minlength=len(self.floor))
         rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[image]
         chosen = torch.zeros(len(order), dtype=torch.bool, device=order.device)
-        chosen[order[rank < self._width(pool)[image]]] = True
-        return chosen
-
-    def _width(self, pool: Pool) -> Tensor:
-        """How many nodes of each image are split now (int64 Q).
-
-        A node of an image whose bound is far from the truth is worth more than another.
-        """
         worst = self.floor.scatter_reduce(0, pool.image, pool.bound, "amax")
-        counts = torch.bincount(pool.image, minlength=len(worst))
-        excess = (worst - self.floor).clamp(min=ABSOLUTE).sqrt() * (counts > 0)
-        width = WIDTH * (counts > 0).sum() * excess / excess.sum()
-        return width.round().clamp(FEWEST, MOST).long()
+        chosen[order[rank < shares(worst - self.floor, counts > 0)[image]]] = True
+        return chosen
 
     def _branched(self, parents: Nodes) -> tuple[Nodes, Nodes]:
         """All children that are not empty, and the parent of each."""
@@ -219,6 +209,17 @@ class Search:
                 self.kept.evaluated(some)
             if self.leaves is not None:
                 self.leaves.append(replace(some, bound=value))
+
+
+def shares(excess: Tensor, is_open: Tensor) -> Tensor:
+    """How many nodes of each image are split in a round (int64 Q), by what its bound exceeds the
+    largest gap found by (Q) and whether it has open nodes (bool Q, some).
+
+    A node of an image whose bound is far from the truth is worth more than another.
+    """
+    weight = excess.clamp(min=ABSOLUTE).sqrt() * is_open
+    width = WIDTH * is_open.sum() * weight / weight.sum()
+    return width.round().clamp(FEWEST, MOST).long()
 
 
 def enough(floor: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Branch and bound: every point lies in a node that bounds it, and effort only ever helps."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,14 +12,15 @@ from hypothesis import strategies as st
 import effort
 import toygraphs
 from mlflow_kdguard.certify import Ball, anytime, branch, gap, join, trees
-from mlflow_kdguard.certify.branch import Search, roots_of
+from mlflow_kdguard.certify.branch import RATES, Search, roots_of, shares
 from mlflow_kdguard.certify.budget import Budget
 from mlflow_kdguard.certify.confidence import probability
+from mlflow_kdguard.certify.descent import Descent
 from mlflow_kdguard.certify.margins import Items
 from mlflow_kdguard.certify.nodes import Nodes
 from mlflow_kdguard.certify.propagate import relax
 from mlflow_kdguard.certify.quick import Balls, Passes
-from mlflow_kdguard.certify.setting import Setting
+from mlflow_kdguard.certify.setting import Setting, chunks
 
 CPU = torch.device("cpu")
 QUICK = settings(max_examples=3, deadline=None, derandomize=True)
@@ -190,6 +192,55 @@ def test_trees_bound_what_they_ask_for(kind, seed, eps, rounds):
                 margins = logits[:, others] - logits[:, [klass]]
                 assert bool((margins >= cut.lo[klass] - 1e-9).all())
                 assert bool((margins <= cut.hi[klass] + 1e-9).all())
+
+
+def test_multipliers_that_gathered_in_one_class_are_shared_out_anew():
+    """Where that bounds a row better, and nowhere else; their sum stays."""
+    improved = 0
+    for seed in range(12):
+        search, _ = searched("mlp", seed, 0.15, 1)
+        nodes = search.roots
+        sums = nodes.weights.sum(1, keepdim=True)
+        gathered = torch.zeros_like(nodes.weights)
+        gathered[:, seed % gathered.shape[1]] = 1.0
+        with torch.no_grad():
+            descent = Descent(search.setting, replace(nodes, weights=gathered * sums), RATES)
+            before, known = descent.bound()[0], descent.weights.clone()
+            held = known.expm1().sum(1)
+            descent.renewed()
+            after = descent.bound()[0]
+        moved = (descent.weights != known).any(1)
+        assert bool((after <= before).all())
+        assert bool((after[moved] < before[moved]).all())
+        torch.testing.assert_close(descent.weights.expm1().sum(1), held)
+        improved += int(moved.sum())
+    assert improved > 0
+
+
+@given(
+    excess=st.lists(st.floats(0.0, 1.0), min_size=1, max_size=25),
+    closed=st.sets(st.integers(0, 24)),
+)
+def test_nodes_go_where_a_bound_is_farthest_from_the_truth(excess, closed):
+    """As many in all as every open image's WIDTH, but for rounding and what is cut at the ends."""
+    is_open = torch.tensor([i not in closed for i in range(len(excess))])
+    if not is_open.any():
+        return
+    found = shares(torch.tensor(excess, dtype=torch.float64), is_open)
+    assert bool(((found >= branch.FEWEST) & (found <= branch.MOST)).all())
+    mine = sorted((e, n) for e, n, o in zip(excess, found.tolist(), is_open, strict=True) if o)
+    assert all(a[1] <= b[1] for a, b in pairwise(mine))
+    count = int(is_open.sum())
+    if all(branch.FEWEST < n < branch.MOST for _, n in mine):
+        assert abs(sum(n for _, n in mine) - branch.WIDTH * count) <= count / 2
+
+
+@given(count=st.integers(0, 300), size=st.integers(1, 40))
+def test_parts_are_about_equal_and_leave_nothing_out(count, size):
+    parts = chunks(count, size, CPU)
+    assert [i for part in parts for i in part.tolist()] == list(range(count))
+    assert len(parts) <= -(-count // size)
+    assert all(0 < len(part) <= size for part in parts)
 
 
 @given(kind=kinds, seed=seeds, eps=radii)

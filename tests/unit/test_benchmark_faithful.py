@@ -9,6 +9,7 @@ import yaml
 
 import toys
 from benchmarks.faithful import paper
+from benchmarks.faithful.__main__ import only
 from benchmarks.faithful.cells import Cells, Sets
 from benchmarks.faithful.verifiable import CROSSED, verdict
 from mlflow_kdguard import graph
@@ -94,3 +95,11 @@ def test_every_column_of_the_comparison_has_figures(cells: Cells, method: str) -
     file.write_text(file.read_text().replace('"n": 5', '"n": 77'))  # found again, not made again
     again = cells.bounds(cells.folder / "reference", cells.folder / "student", told, "test")
     assert again["n"] == 77
+
+
+def test_a_part_of_the_comparison_is_what_was_named() -> None:
+    part = only(SPEC, "students", ["FD", "SD"])
+    assert list(part["students"]) == ["FD", "SD"]
+    assert part["sets"] == SPEC["sets"]
+    with pytest.raises(SystemExit, match="no students KD; known: SD, ARD"):
+        only(SPEC, "students", ["KD"])
