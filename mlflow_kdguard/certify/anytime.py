@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mlflow_kdguard.certify import gap, margins, trees
 from mlflow_kdguard.certify.backward import Relaxed
-from mlflow_kdguard.certify.branch import HIDDEN_ROUNDS, Search, enough, narrowed, roots_of, rounds
-from mlflow_kdguard.certify.budget import Budget, Limit, Reached, nothing_ends
+from mlflow_kdguard.certify.branch import HIDDEN_ROUNDS, Search, narrowed, roots_of, rounds
+from mlflow_kdguard.certify.budget import Aim, Budget, Limit, Reached, nothing_ends
 from mlflow_kdguard.certify.keep import Kept
 from mlflow_kdguard.certify.margins import Items
 from mlflow_kdguard.certify.setting import Setting
@@ -99,10 +99,10 @@ class _Order:
         relaxed, reached = self.relaxed, self.budget.limits.reached
         items = Items(torch.arange(len(floor), device=floor.device), self.top)
         start = gap.directions(relaxed, items, refining=False)
-        searches = [_search(relaxed, start, floor, reached)]
+        searches = [_search(relaxed, start, floor, self.budget.aim, reached)]
         found = searches[0].run(0)
         upper = gap.sound(found.upper, relaxed)
-        closed, rest = upper <= enough(searches[0].floor), torch.zeros_like(upper)
+        closed, rest = upper <= self.budget.aim.enough(searches[0].floor), torch.zeros_like(upper)
         if self.every:
             # Of all classes, this much is attained or the first one's bound anyway.
             known = torch.maximum(upper, searches[0].floor)
@@ -111,11 +111,11 @@ class _Order:
             others, rest, most = _others(start, items, least)
             if len(others.image):
                 start = gap.directions(relaxed, others, refining=False)
-                searches.append(_search(relaxed, start, known, reached))
+                searches.append(_search(relaxed, start, known, self.budget.aim, reached))
                 above = gap.sound(searches[1].run(0).upper, relaxed)
                 rest = torch.minimum(torch.maximum(rest, above), most)
                 known = searches[1].floor
-            closed &= rest <= enough(known)
+            closed &= rest <= self.budget.aim.enough(known)
         return _Found(
             torch.maximum(upper, rest), rest, closed, searches[0].floor, found.best,
             tuple(searches), torch.zeros_like(closed), (None,) * len(floor),
@@ -191,7 +191,7 @@ class _Order:
         self.budget.go_on()
         start = gap.directions(relaxed, items, refining=False)
         start = narrowed(relaxed, items, start, self.budget.nodes)
-        return _search(relaxed, start, floor, self.budget.limits.reached), start
+        return _search(relaxed, start, floor, self.budget.aim, self.budget.limits.reached), start
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -215,10 +215,11 @@ def _search(
     relaxed: Relaxed,
     start: gap.Directions,
     floor: Tensor,
+    aim: Aim,
     reached: Callable[[], Limit | None] = nothing_ends,
 ) -> Search:
     setting = Setting.of(relaxed, (relaxed.joint.student, relaxed.joint.reference))
-    return Search(setting, roots_of(setting, start), floor, reached=reached)
+    return Search(setting, roots_of(setting, start), floor, reached=reached, aim=aim)
 
 
 def _others(start: gap.Directions, items: Items, upper: Tensor) -> tuple[Items, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mlflow_kdguard import graph
 from mlflow_kdguard.certify.ball import Ball
-from mlflow_kdguard.certify.budget import Limit, Limits
+from mlflow_kdguard.certify.budget import Aim, Limit, Limits
 from mlflow_kdguard.certify.joint import Joint
 from mlflow_kdguard.certify.keep import Kept
 from mlflow_kdguard.certify.proofs import Folder
@@ -105,7 +105,8 @@ class Judge:
         of = self.pair.joint, asked.ball, asked.top, self.question.config.nodes
         method = self.question.method
         if method in ANYTIME:
-            return ANYTIME[method](*of, kept=kept, limits=asked.limits)
+            aim = Aim(self.question.config.relative_gap, self.question.config.absolute_gap)
+            return ANYTIME[method](*of, kept=kept, limits=asked.limits, aim=aim)
         return self.bound(*of) if kept is None else PROVABLE[method](*of, kept=kept)
 
     def _witness(self, asked: _Asked, found: Bounds) -> Floats:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mlflow_kdguard.certify import gap, trees
 from mlflow_kdguard.certify.backward import Relaxed
-from mlflow_kdguard.certify.budget import Limit, nothing_ends
+from mlflow_kdguard.certify.budget import AIM, Aim, Limit, nothing_ends
 from mlflow_kdguard.certify.confidence import Band
 from mlflow_kdguard.certify.descent import Descended, Descent, Rates
 from mlflow_kdguard.certify.margins import Items
@@ -40,8 +40,8 @@ WIDTH = 32
 """Nodes that are split at a time, for each image that is open."""
 FEWEST, MOST = 4, 256
 """And of one of them: in proportion to the root of what its bound exceeds its largest gap by."""
-RELATIVE, ABSOLUTE = 0.02, 1e-3
-"""A node whose bound exceeds the largest gap found by no more than that is left alone."""
+LITTLE = 2e-4
+"""No image's bound counts as closer to the largest gap found than that."""
 _ROWS = 1200
 """Nodes that go through a descent together: enough that products take longer than their calls."""
 
@@ -77,7 +77,8 @@ def narrowed(relaxed: Relaxed, items: Items, start: gap.Directions, nodes: int) 
 
 
 class Search:
-    """Branch and bound from `roots`; what is at most the `floor` (Q) of its image is left alone.
+    """Branch and bound from `roots`; what `aim` calls enough above the `floor` (Q) of its image is
+    left alone.
 
     With `keep`, the leaves are kept, with their sound bounds. `reached` says at which limit the
     search is, if at any: it ends there, and `stopped` is that limit.
@@ -91,8 +92,9 @@ class Search:
         *,
         keep: bool = False,
         reached: Callable[[], Limit | None] = nothing_ends,
+        aim: Aim = AIM,
     ) -> None:
-        self.setting, self.roots = setting, roots
+        self.setting, self.roots, self.aim = setting, roots, aim
         self.rows = at_once(setting, _ROWS)
         self.leaves: list[Nodes] | None = [] if keep else None
         self.floor, self.shape = floor.clone(), setting.relaxed.joint.input_shape
@@ -170,14 +172,16 @@ class Search:
                 found.cap[worse], verified(self.setting, parents.take(worse))
             )
         found = replace(found, bound=torch.minimum(found.bound, nodes.bound))
-        over = (found.bound > enough(self.floor)[found.image]) & (found.score.amax(1) > 0.0)
+        over = (found.bound > self.aim.enough(self.floor)[found.image]) & (
+            found.score.amax(1) > 0.0
+        )
         self._close(found.take(~over))
         return found.take(over)
 
     def _one(self, nodes: Nodes, steps: int, rates: Rates) -> Nodes:
         """The nodes after their descent; at a limit, as they are."""
         if self._ended():
-            self.left[nodes.image[nodes.bound > enough(self.floor)[nodes.image]]] = True
+            self.left[nodes.image[nodes.bound > self.aim.enough(self.floor)[nodes.image]]] = True
             return nodes
         return self._noted(self._descended(nodes, steps, rates))
 
@@ -217,14 +221,9 @@ def shares(excess: Tensor, is_open: Tensor) -> Tensor:
 
     A node of an image whose bound is far from the truth is worth more than another.
     """
-    weight = excess.clamp(min=ABSOLUTE).sqrt() * is_open
+    weight = excess.clamp(min=LITTLE).sqrt() * is_open
     width = WIDTH * is_open.sum() * weight / weight.sum()
     return width.round().clamp(FEWEST, MOST).long()
-
-
-def enough(floor: Tensor) -> Tensor:
-    """What a bound need not be below where gaps of `floor` (Q) are attained."""
-    return torch.maximum(floor * (1.0 + RELATIVE), floor + ABSOLUTE)
 
 
 def roots_of(setting: Setting, start: gap.Directions) -> Nodes:

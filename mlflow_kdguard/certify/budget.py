@@ -9,6 +9,9 @@ from math import inf
 from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from mlflow_kdguard.certify.parallel import go_on
 from mlflow_kdguard.errors import ConfigError
 
@@ -98,11 +101,30 @@ class Ration:
 
 
 @dataclass(frozen=True, slots=True)
+class Aim:
+    """How close a bound need not be beaten: by how much it may exceed the largest gap found, as a
+    share of that (`relative`) or in confidence (`absolute`), whichever is more."""
+
+    relative: float = 0.005
+    absolute: float = 2e-4
+
+    def enough(self, floor: Tensor) -> Tensor:
+        """What a bound need not be below where gaps of `floor` are attained."""
+        return torch.maximum(floor * (1.0 + self.relative), floor + self.absolute)
+
+
+AIM = Aim()
+"""What the configuration asks for where it says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
 class Budget:
-    """`nodes` an image: a search that ends with them repeats itself to the digit. And `limits`."""
+    """`nodes` an image: a search that ends with them repeats itself to the digit. `limits` end it
+    before, and so does a bound that meets the `aim`."""
 
     nodes: int
     limits: Limits = Limits()
+    aim: Aim = AIM
 
     def go_on(self) -> None:
         """Raise Reached at a limit, and Stopped where nobody waits for the result."""

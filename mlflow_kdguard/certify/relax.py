@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mlflow_kdguard.certify import anytime, gap
 from mlflow_kdguard.certify.ball import Ball
-from mlflow_kdguard.certify.budget import Budget, Limit, Limits
+from mlflow_kdguard.certify.budget import AIM, Aim, Budget, Limit, Limits
 from mlflow_kdguard.certify.joint import Joint
 from mlflow_kdguard.certify.keep import Kept
 from mlflow_kdguard.certify.propagate import relax
@@ -85,8 +85,9 @@ class Anytime(Protocol):
         *,
         kept: Kept | None = None,
         limits: Limits = NO_LIMITS,
+        aim: Aim = AIM,
     ) -> Bounds:
-        """As a Provable; `limits` may end it."""
+        """As a Provable; `limits` may end it, and so does a bound that meets the `aim`."""
         ...
 
 
@@ -120,6 +121,7 @@ def branch(
     *,
     kept: Kept | None = None,
     limits: Limits = NO_LIMITS,
+    aim: Aim = AIM,
 ) -> Bounds:
     """Branch and bound over Relus and confidences; see `mlflow_kdguard.certify.branch`.
 
@@ -132,7 +134,7 @@ def branch(
         gaps = (student - reference).abs()
         floor = gaps.amax(1) if classes is None else gaps.gather(1, classes[:, None])[:, 0]
         relaxed = replace(relax(joint, ball, tighten=True), kept=kept)
-        found = anytime.bounds(relaxed, classes, Budget(nodes, limits), floor)
+        found = anytime.bounds(relaxed, classes, Budget(nodes, limits, aim), floor)
         return Bounds(found.upper, found.nodes, found.best, found.stopped)
 
 

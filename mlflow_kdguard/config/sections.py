@@ -198,6 +198,8 @@ class CertifySection(Section):
         "auto", description="row of the solver table, for lp and milp; auto is highs"
     )
     nodes: int = Field(400, ge=1, description="nodes an image at most, where a bound branches")
+    relative_gap: float = Field(0.005, ge=0, description="branch ends this share above a witness")
+    absolute_gap: float = Field(2e-4, ge=0, description="or this much above it, if that is more")
     norm: Literal["linf", "l2"] = Field("linf", description="norm of the ball")
     eps: Positive = Field(0.01, description="radius of the ball, in pixels")
     delta: Positive = Field(0.2, le=1, description="largest gap that counts as faithful")

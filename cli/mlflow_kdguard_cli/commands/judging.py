@@ -95,6 +95,20 @@ def measure(**flags: Any) -> None:
     "--nodes", type=int, default=400, show_default=True, help="For branch; programs, for milp."
 )
 @click.option(
+    "--relative-gap",
+    type=float,
+    default=0.005,
+    show_default=True,
+    help="Branch ends where its bound is this share above the witness,",
+)
+@click.option(
+    "--absolute-gap",
+    type=float,
+    default=2e-4,
+    show_default=True,
+    help="or this much above it, in confidence, if that is more.",
+)
+@click.option(
     "--budget",
     type=float,
     help="Safety limit in seconds, shared by the images; the search ends with what it has.",
@@ -133,7 +147,7 @@ def certify(**flags: Any) -> int:
     from mlflow_kdguard_cli import render
 
     keys = ("method", "solver", "nodes", "norm", "eps", "delta", "classes", "samples", "restarts",
-            "memory")  # fmt: skip
+            "memory", "relative_gap", "absolute_gap")  # fmt: skip
     given = {key: flags[key] for key in keys}
     given |= {"pgd_steps": flags["steps"], "seconds": flags["budget"]}
     config = section(CertifySection, given, "certify")
