@@ -219,3 +219,17 @@ def test_a_limit_of_memory_is_for_what_can_be_ended(
     assert answer(argv) == 2
     assert "not ended by a limit of memory" in capsys.readouterr().err.replace("\n", " ")
     assert answer(asked(networks, "--memory", "-1")) == 2
+
+
+def test_how_close_a_bound_ends_the_search_can_be_asked_for(networks, capsys):
+    """`--relative-gap` and `--absolute-gap` reach the search; negative ones are refused."""
+    spent = []
+    for gap in ("0", "100"):
+        few = ["--samples", "4", "--nodes", "60", "--relative-gap", gap, "--absolute-gap", "0"]
+        assert answer(asked(networks, *few)) == 0
+        samples = json.loads(capsys.readouterr().out)["samples"]
+        assert all(sample["lower"] <= sample["upper"] for sample in samples)
+        spent.append(sum(sample["nodes"] for sample in samples))
+    assert spent[1] < spent[0]
+    assert answer(asked(networks, "--relative-gap", "-1")) == 2
+    assert "--relative-gap" in capsys.readouterr().err

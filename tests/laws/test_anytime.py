@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import effort
 import toygraphs
 from mlflow_kdguard.certify import Ball, anytime, branch, budget, join, trees
-from mlflow_kdguard.certify.budget import GIB, Budget, Limits, Ration, resident
+from mlflow_kdguard.certify.budget import AIM, GIB, Aim, Budget, Limits, Ration, resident
 from mlflow_kdguard.certify.keep import Kept
 from mlflow_kdguard.certify.proofs import Writer
 from mlflow_kdguard.certify.propagate import relax
@@ -55,9 +55,9 @@ def asked(kind: str, seed: int, eps: float):
     return models, x, Ball.around(torch.from_numpy(x), eps=eps)
 
 
-def searched(models, ball, *, nodes=60, top=None, kept=None, **limits):
+def searched(models, ball, *, nodes=60, top=None, kept=None, aim=AIM, **limits):
     joint = join(*models, device=CPU)
-    return bound(joint, ball, top, nodes, kept=kept, limits=Limits(**limits))
+    return bound(joint, ball, top, nodes, kept=kept, limits=Limits(**limits), aim=aim)
 
 
 @given(kind=kinds, seed=seeds, eps=st.sampled_from([0.02, 0.15]), end=ends, every=st.booleans())
@@ -169,6 +169,22 @@ def test_a_search_whose_roots_are_enough_ends_with_them():
     found = searched(models, ball)
     assert found.stopped == (None,) * IMAGES
     assert found.nodes <= 2 * toygraphs.CLASSES
+
+
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_a_nearer_aim_is_worth_nodes(kind):
+    """Who is content with twice the gap pays fewer nodes, and no bound falls below what is
+    attained, whatever is aimed at."""
+    models, _, ball = asked(kind, 11, 0.15)
+    aims = [Aim(relative=1.0, absolute=0.5), AIM, Aim(relative=0.0, absolute=0.0)]
+    found = [searched(models, ball, nodes=120, aim=aim) for aim in aims]
+    nodes, upper = [one.nodes for one in found], torch.stack([one.upper for one in found])
+    assert nodes[0] < nodes[2]
+    assert float(upper[2].mean()) < float(upper[0].mean())
+    for one in found:
+        at = toygraphs.confidences(models[0], ball.nearest(one.worst).numpy())
+        seen = np.abs(toygraphs.confidences(models[1], ball.nearest(one.worst).numpy()) - at)
+        assert (one.upper.numpy() >= seen.max(1)).all()
 
 
 def test_seconds_are_shared_by_what_is_left(monkeypatch):
