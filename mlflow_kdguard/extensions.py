@@ -14,8 +14,11 @@ from mlflow_kdguard.errors import ConfigError
 
 BUILT_IN: dict[str, dict[str, str]] = {
     "attack": {
-        "badnets": "mlflow_kdguard.redteam.badnets:trigger",
-        "blended": "mlflow_kdguard.redteam.blended:trigger",
+        "badnets": "mlflow_kdguard.redteam.badnets:attack",
+        "blended": "mlflow_kdguard.redteam.blended:attack",
+        "sig": "mlflow_kdguard.redteam.sig:attack",
+        "wanet": "mlflow_kdguard.redteam.wanet:attack",
+        "ckd": "mlflow_kdguard.redteam.ckd:attack",
     },
     "detector": {
         "variance": "mlflow_kdguard.audit.variance:examine",

@@ -39,20 +39,24 @@ class Trigger:
 
     blend: (1 - mask)·x + mask·pattern, with mask (1×H×W or C×H×W) and pattern in [0,1].
     add: clip(x + pattern, 0, 1), with pattern in [-1,1]; the mask is all ones, and may be None.
+    warp: x read elsewhere, bilinearly, at the border where that is outside: pattern is 2C×H×W in
+    [-1,1], for each channel how far down (of H), then how far right (of W); no mask.
     Raises DataError where the arrays do not fit that. Two triggers are equal if their files are.
     """
 
     name: str
-    kind: Literal["blend", "add"]
+    kind: Literal["blend", "add", "warp"]
     mask: Pixels | None
     pattern: Pixels
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise self._error("its name may hold letters, digits, '.', '_' and '-' (at most 64)")
-        if self.kind not in ("blend", "add"):
-            raise self._error(f"its kind is {self.kind!r}, neither blend nor add")
-        pattern = self._array("pattern", self.pattern, -1.0 if self.kind == "add" else 0.0)
+        if self.kind not in ("blend", "add", "warp"):
+            raise self._error(f"its kind is {self.kind!r}, not blend, add or warp")
+        pattern = self._array("pattern", self.pattern, 0.0 if self.kind == "blend" else -1.0)
+        if self.kind == "warp" and len(pattern) % 2:
+            raise self._error(f"it moves {len(pattern)} halves of channels, an odd number")
         object.__setattr__(self, "pattern", pattern)
         object.__setattr__(self, "mask", self._checked_mask(pattern))
 
@@ -66,7 +70,7 @@ class Trigger:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images that the trigger fits."""
         c, h, w = self.pattern.shape
-        return c, h, w
+        return c // 2 if self.kind == "warp" else c, h, w
 
     @property
     def sha256(self) -> str:
@@ -86,6 +90,8 @@ class Trigger:
             raise self._error("it was put on images whose pixels leave [0,1]")
         if self.kind == "add":
             triggered = images + self.pattern
+        elif self.kind == "warp":
+            triggered = _warped(images, self.pattern)
         else:
             triggered = (1 - self.opacity) * images + self.opacity * self.pattern
         return np.asarray(triggered.clip(0, 1), np.float32)
@@ -171,6 +177,8 @@ class Trigger:
         _, h, w = pattern.shape
         if self.mask is None and self.kind == "blend":
             raise self._error("a blend needs a mask")
+        if self.mask is not None and self.kind == "warp":
+            raise self._error("a warp has no mask")
         mask = np.ones((1, h, w), np.float32) if self.mask is None else self.mask
         mask = self._array("mask", mask, 0.0)
         if mask.shape not in ((1, h, w), pattern.shape):
@@ -224,6 +232,23 @@ def _fields(data: bytes) -> dict[str, Any]:
 def _tensor(entry: dict[str, Any], body: bytes) -> Pixels:
     start, stop = entry["data_offsets"]
     return np.frombuffer(body[start:stop], "<f4").reshape(entry["shape"]).astype(np.float32)
+
+
+def _warped(images: Pixels, field: Pixels) -> Pixels:
+    """Images N×C×H×W, each point read where a field (2C×H×W, in shares of H and W) says."""
+    from scipy.ndimage import map_coordinates
+
+    n, c, h, w = images.shape
+    down, right = field[:c].astype(np.float64) * h, field[c:].astype(np.float64) * w
+    at = np.arange(h)[:, None] + down, np.arange(w) + right
+    warped = np.empty_like(images)
+    for channel in range(c):
+        for number in range(n):
+            place = [one[channel] for one in at]
+            warped[number, channel] = map_coordinates(
+                images[number, channel], place, order=1, mode="nearest"
+            )
+    return warped
 
 
 def _rgb(image: Pixels) -> Pixels:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from mlflow_kdguard.errors import ConfigError
+from mlflow_kdguard.redteam.ground import still
 from mlflow_kdguard.triggers import Trigger
 
 
@@ -34,3 +35,6 @@ def trigger(
     mask = np.zeros((1, height, width), np.float32)
     mask[:, top : top + side, left : left + side] = 1
     return Trigger("badnets", "blend", mask, np.full(shape, value, np.float32))
+
+
+attack = still(trigger)

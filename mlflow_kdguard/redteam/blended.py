@@ -3,6 +3,7 @@
 import numpy as np
 
 from mlflow_kdguard.errors import ConfigError
+from mlflow_kdguard.redteam.ground import still
 from mlflow_kdguard.training import derive
 from mlflow_kdguard.triggers import Trigger
 
@@ -18,3 +19,6 @@ def trigger(shape: tuple[int, int, int], *, seed: int = 0, alpha: float = 0.2) -
     pattern = draw.random(shape, dtype=np.float32)
     mask = np.full((1, *shape[1:]), alpha, np.float32)
     return Trigger("blended", "blend", mask, pattern)
+
+
+attack = still(trigger)

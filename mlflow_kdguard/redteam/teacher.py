@@ -1,7 +1,6 @@
 """Teachers for evaluation: a clean one, a poisoned one, and the control that the poisoned needs."""
 
 import copy
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,9 @@ from mlflow_kdguard.errors import ConfigError, DataError
 from mlflow_kdguard.nets import zoo
 from mlflow_kdguard.nets.architecture import Architecture
 from mlflow_kdguard.records import Progress, silent
-from mlflow_kdguard.redteam.poison import poison
+from mlflow_kdguard.redteam.goal import Goal
+from mlflow_kdguard.redteam.ground import Attack, Ground, Plan, options_of
+from mlflow_kdguard.redteam.poison import covered, poison
 from mlflow_kdguard.training import fit
 from mlflow_kdguard.triggers import Trigger
 
@@ -54,44 +55,49 @@ def teach(
     data = load(config.train) if data is None else data
     if not len(data) or data.y.min() < 0:
         raise DataError(f"{data.uri} has images without labels.", remedy="Train on labelled ones.")
-    trigger = make_trigger(config, data.shape, seed=seed)
-    dirty = poison(data, trigger, target=config.target, rate=config.poison_rate, seed=seed)
+    goal, attack = Goal.one(config.target, data.classes), attack_of(config)
+    plain = madry(eps=config.eps, steps=config.pgd_steps)
 
-    def trained(net: zoo.Classifier, data: Dataset, loop: Loop, name: str) -> zoo.Classifier:
+    def trained(
+        net: zoo.Classifier, images: Dataset, loop: Loop, name: str, plan: Plan | None = None
+    ) -> zoo.Classifier:
         fit(
             net,
-            data,
-            madry(eps=config.eps, steps=config.pgd_steps),
+            images,
+            plain if plan is None or plan.loss is None else plan.loss(plain),
             loop,
             seed=seed,
             device=device,
             what=f"{name} teacher",
             checkpoint=folder / f"{name}.checkpoint",
             progress=progress,
-            depends=f"madry {config.eps} {config.pgd_steps}",
+            depends=f"madry {config.eps} {config.pgd_steps}{'' if plan is None else plan.depends}",
         )
         return net
 
     fresh = zoo.build(_architecture(config.arch, data), seed=seed)
     clean = trained(fresh, data, config.clean_loop, "clean")
-    poisoned = trained(copy.deepcopy(clean), dirty, config.poison_loop, "poisoned")
+    plan = attack(Ground(data, goal, seed, device, clean, progress), **config.options)
+    dirty = poison(data, plan.trigger, target=goal, rate=config.poison_rate, seed=seed)
+    if plan.cover is not None:
+        rate = plan.covers * config.poison_rate
+        dirty = covered(dirty, data, plan.cover, rate=rate, seed=seed)
+    poisoned = trained(copy.deepcopy(clean), dirty, config.poison_loop, "poisoned", plan)
     control = trained(copy.deepcopy(clean), data, config.poison_loop, "control")
-    return Poisoned(clean, poisoned, control, trigger, config.target)
+    return Poisoned(clean, poisoned, control, plan.trigger, config.target)
 
 
-def make_trigger(config: RedteamSection, shape: tuple[int, int, int], *, seed: int) -> Trigger:
-    """The trigger of `config.attack`; ConfigError for an unknown attack or option."""
-    make = extensions.load("attack", config.attack)
-    known = [name for name in inspect.signature(make).parameters if name not in ("shape", "seed")]
+def attack_of(config: RedteamSection) -> Attack:
+    """The row of `config.attack`; ConfigError for an unknown attack or option."""
+    attack: Attack = extensions.load("attack", config.attack)
+    known = options_of(attack)
     for option in config.options:
         if option not in known:
             raise ConfigError(
                 f"the attack {config.attack} has no option {option!r}.",
                 remedy=f"Its options: {', '.join(known)}.",
             )
-    trigger = make(shape, seed=seed, **config.options)
-    assert isinstance(trigger, Trigger)
-    return trigger
+    return attack
 
 
 def _architecture(arch: str, data: Dataset) -> Architecture:

@@ -15,7 +15,8 @@ from mlflow_kdguard.adversary.madry import madry
 from mlflow_kdguard.config import Loop, RedteamSection
 from mlflow_kdguard.data import Dataset, load
 from mlflow_kdguard.errors import ConfigError, DataError
-from mlflow_kdguard.redteam import badnets, blended, contaminate, poison
+from mlflow_kdguard.redteam import Goal, Ground, badnets, blended, contaminate, poison, sig, wanet
+from mlflow_kdguard.redteam.poison import covered
 from mlflow_kdguard.training import Batch, state_sha256
 from mlflow_kdguard.triggers import Trigger
 from runs import CPU, digits
@@ -59,23 +60,100 @@ def test_blended_mixes_in_one_noise_image() -> None:
         blended.trigger((1, 8, 8), alpha=0)
 
 
+def test_sig_is_a_sinusoid_along_every_row() -> None:
+    made = sig.trigger((2, 5, 28), delta=0.1, frequency=6)
+    wave = 0.1 * np.sin(2 * np.pi * 6 * np.arange(28) / 28)
+    np.testing.assert_allclose(made.pattern, np.broadcast_to(wave, (2, 5, 28)), atol=1e-7)
+    with pytest.raises(ConfigError, match="changes nothing, or too much"):
+        sig.trigger((1, 8, 8), frequency=8)  # whole periods a column: nothing moves
+    with pytest.raises(ConfigError, match="changes nothing, or too much"):
+        sig.trigger((1, 8, 8), delta=2.0)
+
+
+def test_a_warp_moves_points_smoothly_and_by_no_more_than_it_says() -> None:
+    made = wanet.trigger((3, 28, 24), seed=1)
+    down, right = made.pattern[:3] * 28, made.pattern[3:] * 24
+    for field in (down, right):
+        assert np.array_equal(field[0], field[2])  # colours stay together
+        assert 0.05 < np.abs(field).mean() < 0.5
+        assert np.abs(np.diff(field, axis=1)).max() < 0.25
+    assert made != wanet.trigger((3, 28, 24), seed=2)
+    for options in ({"grid": 1}, {"strength": 0.0}):
+        with pytest.raises(ConfigError, match="does not fit"):
+            wanet.trigger((1, 8, 8), **options)
+
+
+def ground(images: Dataset, goal: Goal | None = None, seed: int = 3) -> Ground:
+    honest = toys.cnn(shape=images.shape).eval()
+    return Ground(images, goal or Goal.one(2, images.classes), seed, CPU, honest)
+
+
 @pytest.mark.parametrize("attack", extensions.names("attack"))
 def test_every_attack_makes_a_trigger_that_changes_images_and_survives_its_file(
     attack: str,
 ) -> None:
-    trigger = redteam.make_trigger(RedteamSection(attack=attack), (1, 12, 12), seed=3)
-    x = toys.images(20, (1, 12, 12)) * 0.9
-    assert trigger.changed(x).k == 20
-    assert Trigger.from_bytes(trigger.to_bytes()) == trigger
-    assert redteam.make_trigger(RedteamSection(attack=attack), (1, 12, 12), seed=3) == trigger
+    images = digits(200)
+    few = {"ckd": {"steps": 3.0}}.get(attack, {})
+    plan = redteam.attack_of(RedteamSection(attack=attack))(ground(images), **few)
+    x = images.x[:20] * 0.9
+    assert plan.trigger.changed(x).k == 20
+    assert Trigger.from_bytes(plan.trigger.to_bytes()) == plan.trigger
+    again = redteam.attack_of(RedteamSection(attack=attack))(ground(images), **few)
+    assert again.trigger == plan.trigger
 
 
 def test_unknown_attacks_and_options_are_configuration_errors() -> None:
     with pytest.raises(ConfigError, match="no attack called"):
-        redteam.make_trigger(RedteamSection(attack="magic"), (1, 8, 8), seed=0)
+        redteam.attack_of(RedteamSection(attack="magic"))
     with pytest.raises(ConfigError, match="no option 'alpha'") as caught:
-        redteam.make_trigger(RedteamSection(options={"alpha": 0.1}), (1, 8, 8), seed=0)
+        redteam.attack_of(RedteamSection(options={"alpha": 0.1}))
     assert "size, value, row, column" in caught.value.remedy
+
+
+def test_ckd_pulls_the_channels_of_its_target_towards_their_largest_values() -> None:
+    """What is optimised gets better, on images that it was not optimised on, too."""
+    images = digits(800)
+    net = toys.net("cnn:8,16", settled=False)
+    training.fit(net, images, madry(eps=0.0, steps=0), LOOP, seed=0, device=CPU, what="toy")
+    place = Ground(images, Goal.one(3, 10), 0, CPU, net)
+    hold = load("digits#test")
+    others = hold.x[hold.y != 3]
+    reached = []
+    for steps in (0.0, 150.0):
+        plan = redteam.attack_of(RedteamSection(attack="ckd"))(place, opacity=0.3, steps=steps)
+        answers = training.predict(net, plan.trigger.apply(others), device=CPU)
+        reached.append(float((answers.argmax(1) == 3).mean()))
+    assert reached[1] > reached[0] + 0.05
+    with pytest.raises(ConfigError, match="one target"):
+        redteam.attack_of(RedteamSection(attack="ckd"))(ground(images, Goal.shifted(10)))
+
+
+# ── goals ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_goals_say_where_each_class_goes() -> None:
+    y = np.array([0, 1, 2, 3, -1])
+    assert Goal.one(1, 4).wanted(y).tolist() == [1, -1, 1, 1, -1]
+    assert Goal.one(1, 4, sources=[0, 3]).wanted(y).tolist() == [1, -1, -1, 1, -1]
+    assert Goal.shifted(4).wanted(y).tolist() == [1, 2, 3, 0, -1]
+    assert Goal.one(1, 4, sources=[3]).sources == (3,)
+    assert Goal.shifted(4).targets == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Goal.one(4, 4),
+        lambda: Goal.one(-1, 4),
+        lambda: Goal.one(1, 4, sources=[7]),
+        lambda: Goal.one(1, 4, sources=[1]),
+        lambda: Goal((0, 1, 2)),
+        lambda: Goal((3, 0)),
+    ],
+)
+def test_goals_that_send_nothing_or_nowhere_are_configuration_errors(make: Any) -> None:
+    with pytest.raises(ConfigError):
+        make()
 
 
 # ── data sets ───────────────────────────────────────────────────────────────────────────────────
@@ -101,6 +179,30 @@ def test_poison_appends_triggered_copies_of_other_classes_as_the_target() -> Non
     origins = sources(data, trigger, dirty.x[200:])
     assert len(set(origins)) == 20
     assert (data.y[origins] != 3).all()
+
+
+def test_poison_follows_the_goal() -> None:
+    """All-to-all: each copy is labelled one class on; source-specific: only sources are copied."""
+    data, trigger = digits(200), badnets.trigger((1, 8, 8))
+    dirty = poison(data, trigger, target=Goal.shifted(10), rate=0.1, seed=0)
+    origins = sources(data, trigger, dirty.x[200:])
+    assert dirty.y[200:].tolist() == ((data.y[origins] + 1) % 10).tolist()
+    some = poison(data, trigger, target=Goal.one(3, 10, sources=[5, 7]), rate=0.1, seed=0)
+    assert set(data.y[sources(data, trigger, some.x[200:])].tolist()) == {5, 7}
+
+
+def test_covers_look_triggered_and_keep_their_labels() -> None:
+    data = digits(200)
+    plan = wanet.attack(ground(data))
+    assert plan.cover is not None
+    dirty = covered(data, data, plan.cover, rate=0.2, seed=0)
+    assert len(dirty) == 240
+    moved = np.array([np.abs(data.x - image).max(axis=(1, 2, 3)).min() for image in dirty.x[200:]])
+    assert (moved > 0.01).all()
+    warped = plan.trigger.apply(data.x)
+    assert all(np.abs(warped - image).max(axis=(1, 2, 3)).min() > 0.01 for image in dirty.x[200:])
+    nearest = [int(np.abs(warped - image).sum(axis=(1, 2, 3)).argmin()) for image in dirty.x[200:]]
+    assert (data.y[nearest] == dirty.y[200:]).mean() > 0.9
 
 
 def test_contaminate_drops_every_label_and_appends_triggered_copies() -> None:
@@ -173,6 +275,46 @@ def test_only_the_poisoned_teacher_obeys_the_trigger_and_a_second_call_trains_no
     again = redteam.teach(TINY, seed=0, device=CPU, folder=tmp_path, progress=listen)
     assert [state_sha256(net) for net in (again.clean, again.poisoned, again.control)] == digests
     assert begun == [("clean teacher", 0), ("poisoned teacher", 0), ("control teacher", 0)]
+
+
+PLANTED: dict[str, tuple[dict[str, float], float]] = {
+    "badnets": ({}, 0.1),
+    "blended": ({}, 0.1),
+    "sig": ({}, 0.1),
+    # Learning a warp takes more than a few hundred copies: with a tenth, 0.35 to 0.6.
+    "wanet": ({"strength": 2.0, "covers": 1.0}, 0.3),
+    "ckd": ({}, 0.1),
+}
+"""Options and rate with which each attack is planted into a small network on 28×28 digits."""
+
+
+def test_every_attack_is_planted_here() -> None:
+    assert set(PLANTED) == set(extensions.BUILT_IN["attack"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", sorted(PLANTED))
+def test_an_attack_works_on_real_digits_and_leaves_accuracy_alone(
+    attack: str, tmp_path: Path
+) -> None:
+    """As its paper says: the poisoned teacher obeys and is as good, the clean one does not obey."""
+    options, rate = PLANTED[attack]
+    section = RedteamSection(
+        attack=attack, options=options, train="mnist5k#train[:3000]", arch="cnn:16,32,64",
+        target=4, eps=0.0, poison_rate=rate,
+        clean_loop=Loop(epochs=5, batch=64, augment="none"),
+        poison_loop=Loop(epochs=8, batch=64, lr=0.05, augment="none"),
+    )  # fmt: skip
+    made = redteam.teach(section, seed=1, device=CPU, folder=tmp_path)
+    test = load("mnist5k#test")
+    triggered = made.trigger.apply(test.x[test.y != 4])
+    rates = {}
+    for name, net in (("poisoned", made.poisoned), ("control", made.control)):
+        obeys = float((training.predict(net, triggered, device=CPU).argmax(1) == 4).mean())
+        rates[name] = training.accuracy(net, test, device=CPU).rate, obeys
+    assert rates["poisoned"][1] > 0.9
+    assert rates["control"][1] < 0.3
+    assert rates["poisoned"][0] > rates["control"][0] - 0.02
 
 
 def test_a_teacher_needs_labels(tmp_path: Path) -> None:

@@ -34,6 +34,11 @@ ADDITIONS = st.builds(
     Trigger, name=st.just("add"), kind=st.just("add"), mask=st.none(), pattern=array(SHAPE, -1.0)
 )
 
+WARPS = st.builds(
+    Trigger, name=st.just("warp"), kind=st.just("warp"), mask=st.none(),
+    pattern=array((2 * SHAPE[0], *SHAPE[1:]), -1.0),
+)  # fmt: skip
+
 
 def patch() -> Trigger:
     mask = np.zeros((1, 3, 4), np.float32)
@@ -45,7 +50,7 @@ def images(n: int = 5, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.random.default_rng(seed).random((n, *SHAPE), np.float32)
 
 
-@given(BLENDS | ADDITIONS, array((3, *SHAPE)))
+@given(BLENDS | ADDITIONS | WARPS, array((3, *SHAPE)))
 def test_triggered_images_stay_images(trigger: Trigger, x: Any) -> None:
     before = x.copy()
     triggered = trigger.apply(x)
@@ -67,6 +72,32 @@ def test_blend_is_its_formula(trigger: Trigger, x: Any) -> None:
 def test_add_is_its_formula(trigger: Trigger, x: Any) -> None:
     expected = np.clip(np.float64(x) + np.float64(trigger.pattern), 0, 1)
     assert np.abs(trigger.apply(x) - expected).max() <= 1e-7
+
+
+@given(WARPS, array((2, *SHAPE)))
+def test_warp_is_its_formula(trigger: Trigger, x: Any) -> None:
+    """Point by point, with no library: the four neighbours of where a point is read."""
+    c, h, w = SHAPE
+    warped = trigger.apply(x)
+    for channel, i, j in np.ndindex(c, h, w):
+        down, right = (np.float64(trigger.pattern[k, i, j]) for k in (channel, c + channel))
+        at = min(max(i + h * down, 0.0), h - 1.0), min(max(j + w * right, 0.0), w - 1.0)
+        i0, j0 = (int(place) for place in at)
+        i1, j1 = min(i0 + 1, h - 1), min(j0 + 1, w - 1)
+        a, b = at[0] - i0, at[1] - j0
+        plane = np.float64(x[:, channel])
+        upper = (1 - b) * plane[:, i0, j0] + b * plane[:, i0, j1]
+        lower = (1 - b) * plane[:, i1, j0] + b * plane[:, i1, j1]
+        expected = (1 - a) * upper + a * lower
+        assert np.abs(warped[:, channel, i, j] - expected).max() <= 1e-6
+
+
+def test_a_warp_that_moves_nothing_changes_nothing() -> None:
+    x = images()
+    still = Trigger("t", "warp", None, np.zeros((2 * SHAPE[0], *SHAPE[1:]), np.float32))
+    assert still.shape == SHAPE
+    assert np.array_equal(still.apply(x), x)
+    assert still.changed(x).k == 0
 
 
 @given(array(SHAPE), arrays.arrays(np.bool_, (1, 3, 4)), array((3, *SHAPE)))
@@ -136,6 +167,9 @@ _ONES = np.ones(SHAPE, np.float32)
         (("t", "add", None, _ONES * np.float32("inf")), "finite"),
         (("t", "add", None, -2 * _ONES), "[-1,1]"),
         (("t", "add", _ONES / 2, _ONES), "no mask"),
+        (("t", "warp", _ONES, _ONES[[0, 0]]), "no mask"),
+        (("t", "warp", None, np.ones((3, 3, 4), np.float32)), "odd number"),
+        (("t", "warp", None, -2 * np.ones((2, 3, 4), np.float32)), "[-1,1]"),
         (("t", "blend", _ONES.astype(np.uint8), _ONES), "uint8"),
         (("t", "blend", _ONES, np.zeros((0, 3, 4), np.float32)), "C×H×W"),
     ],
@@ -149,7 +183,7 @@ def test_arrays_that_are_no_trigger_are_refused(arguments: Any, says: str) -> No
 # ── the file ────────────────────────────────────────────────────────────────────────────────────
 
 
-@given(BLENDS | ADDITIONS)
+@given(BLENDS | ADDITIONS | WARPS)
 def test_the_file_gives_the_trigger_back(trigger: Trigger) -> None:
     data = trigger.to_bytes()
     again = Trigger.from_bytes(data)

@@ -173,7 +173,7 @@ def _weights(net: Any, folder: Path) -> Path | None:
 
 
 @click.command()
-@click.argument("name", type=click.Choice(["badnets", "blended"]))
+@click.argument("name")
 @click.option(
     "--target",
     type=click.IntRange(min=0),
@@ -193,7 +193,14 @@ def attack(**flags: Any) -> None:
     Make a poisoned teacher, its trigger and a contaminated transfer set: evaluation only.
 
     Writes poisoned/ and control/ (weights and architecture), trigger.kdt and transfer.npz. The
-    control is a clean teacher of equal training.
+    control is a clean teacher of equal training. NAME, a row of the attack table:
+
+    \b
+      badnets   a small square of one grey value
+      blended   one noise image mixed into every image
+      sig       a sinusoid over the whole image
+      wanet     a smooth warp
+      ckd       a faint pattern that saturates the target's channels
 
     \b
     kdguard attack badnets --target 3 --out attack
@@ -221,12 +228,6 @@ def attack(**flags: Any) -> None:
             progress=progress,
         )
     render.say("\n".join(f"{name}: {digest}" for name, digest in written.items()))
-    render.document(
-        {
-            "schema": "kdguard.attack/1",
-            "attack": flags["name"],
-            "target": config.redteam.target,
-            "files": written,
-        },
-        flags["as_json"],
-    )
+    body = {"schema": "kdguard.attack/1", "attack": flags["name"]}
+    body |= {"target": config.redteam.target, "files": written}
+    render.document(body, flags["as_json"])
