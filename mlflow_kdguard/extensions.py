@@ -19,6 +19,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "sig": "mlflow_kdguard.redteam.sig:attack",
         "wanet": "mlflow_kdguard.redteam.wanet:attack",
         "ckd": "mlflow_kdguard.redteam.ckd:attack",
+        "lba": "mlflow_kdguard.redteam.lba:attack",
+        "backweak": "mlflow_kdguard.redteam.backweak:attack",
     },
     "detector": {
         "variance": "mlflow_kdguard.audit.variance:examine",
