@@ -21,6 +21,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "ckd": "mlflow_kdguard.redteam.ckd:attack",
         "lba": "mlflow_kdguard.redteam.lba:attack",
         "backweak": "mlflow_kdguard.redteam.backweak:attack",
+        "adba": "mlflow_kdguard.redteam.adba:attack",
     },
     "detector": {
         "variance": "mlflow_kdguard.audit.variance:examine",

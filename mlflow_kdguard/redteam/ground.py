@@ -10,24 +10,31 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mlflow_kdguard.data import Dataset
+from mlflow_kdguard.nets.zoo import Classifier
 from mlflow_kdguard.records import Progress, silent
 from mlflow_kdguard.redteam.goal import Goal
 from mlflow_kdguard.training import Loss
 from mlflow_kdguard.triggers import Pixels, Trigger
 
 Cover = Callable[[Pixels, np.random.Generator], Pixels]
+Train = Callable[[str, Callable[[Loss], Loss], nn.Module, str], Classifier]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ground:
     """The teacher's training images, what triggered ones are to be taken for, and the network that
-    learned from them without any trigger, which an attack leaves as it is."""
+    learned from them without any trigger, which an attack leaves as it is.
+
+    `train(name, loss, along, depends)` trains a copy of that network for as many epochs as any
+    poisoned teacher, on the clean images, with a loss made of the plain one; see `training.fit`.
+    """
 
     data: Dataset
     goal: Goal
     seed: int
     device: torch.device
-    honest: nn.Module
+    honest: Classifier
+    train: Train
     progress: Progress = silent
 
     def labelled(self, classes: tuple[int, ...]) -> NDArray[np.int64]:
@@ -41,7 +48,8 @@ class Plan:
 
     `cover` makes copies that look like triggered ones and keep their labels, `covers` of them for
     each triggered copy. `loss` is what the poisoned teacher learns with, of the loss that the
-    clean one learned with; `depends` names what it computes with.
+    clean one learned with; `depends` names what it computes with. `net` is the poisoned teacher
+    where the attack trained it by itself.
     """
 
     trigger: Trigger
@@ -49,6 +57,7 @@ class Plan:
     covers: float = 0.0
     loss: Callable[[Loss], Loss] | None = None
     depends: str = ""
+    net: Classifier | None = None
 
 
 Attack = Callable[..., Plan]

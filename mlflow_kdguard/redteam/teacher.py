@@ -1,11 +1,13 @@
 """Teachers for evaluation: a clean one, a poisoned one, and the control that the poisoned needs."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from mlflow_kdguard import extensions
 from mlflow_kdguard.adversary.madry import madry
@@ -16,9 +18,9 @@ from mlflow_kdguard.nets import zoo
 from mlflow_kdguard.nets.architecture import Architecture
 from mlflow_kdguard.records import Progress, silent
 from mlflow_kdguard.redteam.goal import Goal
-from mlflow_kdguard.redteam.ground import Attack, Ground, Plan, options_of
+from mlflow_kdguard.redteam.ground import Attack, Ground, Plan, Train, options_of
 from mlflow_kdguard.redteam.poison import covered, poison
-from mlflow_kdguard.training import fit
+from mlflow_kdguard.training import Loss, fit
 from mlflow_kdguard.triggers import Trigger
 
 
@@ -55,36 +57,83 @@ def teach(
     data = load(config.train) if data is None else data
     if not len(data) or data.y.min() < 0:
         raise DataError(f"{data.uri} has images without labels.", remedy="Train on labelled ones.")
-    goal, attack = Goal.one(config.target, data.classes), attack_of(config)
-    plain = madry(eps=config.eps, steps=config.pgd_steps)
+    attack = attack_of(config)
+    school = _School(config, data, seed, device, folder, progress)
+    fresh = zoo.build(_architecture(config.arch, data), seed=seed)
+    clean = school.trained("clean", fresh, config.clean_loop)
+    goal = Goal.one(config.target, data.classes)
+    ground = Ground(data, goal, seed, device, clean, school.jointly(clean), progress)
+    plan = attack(ground, **config.options)
+    poisoned = school.poisoned(clean, goal, plan) if plan.net is None else plan.net
+    control = school.trained("control", copy.deepcopy(clean), config.poison_loop)
+    return Poisoned(clean, poisoned, control, plan.trigger, config.target)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _School:
+    """What all teachers of one attack have in common."""
+
+    config: RedteamSection
+    data: Dataset
+    seed: int
+    device: torch.device
+    folder: Path
+    progress: Progress
+
+    @property
+    def plain(self) -> Loss:
+        """The loss of clean teachers."""
+        return madry(eps=self.config.eps, steps=self.config.pgd_steps)
 
     def trained(
-        net: zoo.Classifier, images: Dataset, loop: Loop, name: str, plan: Plan | None = None
+        self,
+        name: str,
+        net: zoo.Classifier,
+        loop: Loop,
+        *,
+        images: Dataset | None = None,
+        loss: Loss | None = None,
+        along: nn.Module | None = None,
+        depends: str = "",
     ) -> zoo.Classifier:
+        """`net` after its epochs, by default on the clean images with the plain loss."""
         fit(
             net,
-            images,
-            plain if plan is None or plan.loss is None else plan.loss(plain),
+            self.data if images is None else images,
+            self.plain if loss is None else loss,
             loop,
-            seed=seed,
-            device=device,
+            seed=self.seed,
+            device=self.device,
             what=f"{name} teacher",
-            checkpoint=folder / f"{name}.checkpoint",
-            progress=progress,
-            depends=f"madry {config.eps} {config.pgd_steps}{'' if plan is None else plan.depends}",
+            checkpoint=self.folder / f"{name}.checkpoint",
+            progress=self.progress,
+            along=along,
+            depends=f"madry {self.config.eps} {self.config.pgd_steps}{depends}",
         )
         return net
 
-    fresh = zoo.build(_architecture(config.arch, data), seed=seed)
-    clean = trained(fresh, data, config.clean_loop, "clean")
-    plan = attack(Ground(data, goal, seed, device, clean, progress), **config.options)
-    dirty = poison(data, plan.trigger, target=goal, rate=config.poison_rate, seed=seed)
-    if plan.cover is not None:
-        rate = plan.covers * config.poison_rate
-        dirty = covered(dirty, data, plan.cover, rate=rate, seed=seed)
-    poisoned = trained(copy.deepcopy(clean), dirty, config.poison_loop, "poisoned", plan)
-    control = trained(copy.deepcopy(clean), data, config.poison_loop, "control")
-    return Poisoned(clean, poisoned, control, plan.trigger, config.target)
+    def jointly(self, clean: zoo.Classifier) -> Train:
+        """How an attack trains a teacher by itself."""
+
+        def train(
+            name: str, loss: Callable[[Loss], Loss], along: nn.Module, depends: str
+        ) -> zoo.Classifier:
+            net, loop = copy.deepcopy(clean), self.config.poison_loop
+            return self.trained(
+                name, net, loop, loss=loss(self.plain), along=along, depends=depends
+            )
+
+        return train
+
+    def poisoned(self, clean: zoo.Classifier, goal: Goal, plan: Plan) -> zoo.Classifier:
+        """The teacher that learned from triggered copies."""
+        rate, seed = self.config.poison_rate, self.seed
+        dirty = poison(self.data, plan.trigger, target=goal, rate=rate, seed=seed)
+        if plan.cover is not None:
+            dirty = covered(dirty, self.data, plan.cover, rate=plan.covers * rate, seed=seed)
+        loss = self.plain if plan.loss is None else plan.loss(self.plain)
+        net, loop = copy.deepcopy(clean), self.config.poison_loop
+        return self.trained("poisoned", net, loop, images=dirty, loss=loss, depends=plan.depends)
 
 
 def attack_of(config: RedteamSection) -> Attack:

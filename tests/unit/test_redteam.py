@@ -1,6 +1,8 @@
 """Attacks for evaluation: triggers, poisoned sets, poisoned teachers."""
 
+import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,14 @@ def test_a_warp_moves_points_smoothly_and_by_no_more_than_it_says() -> None:
 
 def ground(images: Dataset, goal: Goal | None = None, seed: int = 3) -> Ground:
     honest = toys.cnn(shape=images.shape).eval()
-    return Ground(images, goal or Goal.one(2, images.classes), seed, CPU, honest)
+
+    def train(name: str, loss: Any, along: nn.Module, depends: str) -> Any:
+        net, loop = copy.deepcopy(honest), Loop(epochs=1, batch=50, augment="none")
+        plain = loss(madry(eps=0.0, steps=0))
+        training.fit(net, images, plain, loop, seed=seed, device=CPU, what=name, along=along)
+        return net
+
+    return Ground(images, goal or Goal.one(2, images.classes), seed, CPU, honest, train)
 
 
 @pytest.mark.parametrize("attack", extensions.names("attack"))
@@ -117,7 +126,7 @@ def test_ckd_pulls_the_channels_of_its_target_towards_their_largest_values() -> 
     images = digits(800)
     net = toys.net("cnn:8,16", settled=False)
     training.fit(net, images, madry(eps=0.0, steps=0), LOOP, seed=0, device=CPU, what="toy")
-    place = Ground(images, Goal.one(3, 10), 0, CPU, net)
+    place = replace(ground(images, Goal.one(3, 10), seed=0), honest=net)
     hold = load("digits#test")
     others = hold.x[hold.y != 3]
     reached = []
@@ -288,6 +297,7 @@ PLANTED: dict[str, tuple[dict[str, float], float]] = {
     "ckd": ({}, 0.1),
     "lba": ({}, 0.1),
     "backweak": ({}, 0.1),
+    "adba": ({}, 0.1),
 }
 """Options and rate with which each attack is planted into a small network on 28×28 digits."""
 

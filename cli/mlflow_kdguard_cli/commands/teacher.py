@@ -201,6 +201,9 @@ def attack(**flags: Any) -> None:
       sig       a sinusoid over the whole image
       wanet     a smooth warp
       ckd       a faint pattern that saturates the target's channels
+      lba       a square with the target's features
+      backweak  a pattern too weak to be seen
+      adba      trained with a shadow student, so that distillation carries it
 
     \b
     kdguard attack badnets --target 3 --out attack
