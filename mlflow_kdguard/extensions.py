@@ -31,6 +31,13 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "variance_mask": "mlflow_kdguard.detox.variance_mask:cleanse",
         "unlearn": "mlflow_kdguard.detox.unlearn:cleanse",
         "margin_cap": "mlflow_kdguard.detox.margin_cap:cleanse",
+        "fine_tune": "mlflow_kdguard.detox.fine_tune:cleanse",
+        "fine_prune": "mlflow_kdguard.detox.fine_prune:cleanse",
+        "ft_sam": "mlflow_kdguard.detox.ft_sam:cleanse",
+        "nad": "mlflow_kdguard.detox.nad:cleanse",
+        "clp": "mlflow_kdguard.detox.clp:cleanse",
+        "anp": "mlflow_kdguard.detox.anp:cleanse",
+        "ibau": "mlflow_kdguard.detox.ibau:cleanse",
     },
     "loss": {
         "sd": "mlflow_kdguard.distill.logits:sd",

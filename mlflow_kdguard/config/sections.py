@@ -156,6 +156,7 @@ class DetoxSection(Section):
     unlearn_radius: Positive = Field(2.8, description="L2 radius of the perturbation bank")
     bank: int = Field(4, ge=1, description="perturbations kept in the bank")
     batch: int = Field(64, ge=1, description="images a step")
+    options: dict[str, float] = Field(default_factory=dict, description="of fine_tune, nad, …")
 
 
 class DistillSection(Verifiable):
@@ -194,9 +195,7 @@ class CertifySection(Section):
     """The bounds that are asked for."""
 
     method: str = Field("auto", description="row of the bound table; auto is crown")
-    solver: str = Field(
-        "auto", description="row of the solver table, for lp and milp; auto is highs"
-    )
+    solver: str = Field("auto", description="row of the solver table, for lp, milp; auto is highs")
     nodes: int = Field(400, ge=1, description="nodes an image at most, where a bound branches")
     relative_gap: float = Field(0.005, ge=0, description="branch ends this share above a witness")
     absolute_gap: float = Field(2e-4, ge=0, description="or this much above it, if that is more")

@@ -23,6 +23,7 @@ from mlflow_kdguard.data import Dataset
 from mlflow_kdguard.detox.record import DetoxRecord, StepRecord
 from mlflow_kdguard.detox.state import Combine, State, Work
 from mlflow_kdguard.detox.suspects import NEEDING, choose
+from mlflow_kdguard.detox.tuning import check_options
 from mlflow_kdguard.errors import ConfigError, DataError
 from mlflow_kdguard.records import Progress, Source, silent
 from mlflow_kdguard.training import derive
@@ -68,6 +69,7 @@ def cleanse(
     Interrupted, NonFiniteError.
     """
     rows = {name: _row(name) for name in config.chain}
+    check_options(rows, config.options)
     _check_suspects(suspects, clean.classes, config.chain)
     state = _start(teacher, split(clean, share=config.validation, seed=seed), suspects, device)
     state = replace(state, preview=_preview(state, rows))

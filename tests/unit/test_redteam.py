@@ -103,8 +103,8 @@ def test_every_attack_makes_a_trigger_that_changes_images_and_survives_its_file(
     attack: str,
 ) -> None:
     images = digits(200)
-    optimised = "steps" in options_of(redteam.attack_of(RedteamSection(attack=attack)))
-    few = {"steps": 3.0} if optimised else {}
+    known = options_of(redteam.attack_of(RedteamSection(attack=attack)))
+    few = {name: 3.0 for name in ("steps",) if name in known}
     plan = redteam.attack_of(RedteamSection(attack=attack))(ground(images), **few)
     x = images.x[:20] * 0.9
     assert plan.trigger.changed(x).k == 20
