@@ -39,13 +39,15 @@ def attack(ground: Ground, *, area: float = 0.05, honest: float = 1.0) -> Plan:
     weight of the clean network's answer on triggered images. Raises ConfigError otherwise."""
     if not 0 < area <= 1 or not honest >= 0:
         raise ConfigError(
-            f"an area of {area:g} and a weight of {honest:g} make no trigger.",
-            remedy="Change redteam.options: area (0 to 1), honest (0 or more).",
+            f"adba's options area {area:g} and honest {honest:g} do not fit.",
+            remedy="Change redteam.options: area is above 0 and at most 1, honest not negative.",
         )
     fresh = zoo.build(ground.honest.architecture, seed=derive(ground.seed, "adba shadow"))
     along = _Along(ground, fresh.to(ground.device))
     joint = _Joint(ground, along, area, honest)
-    net = ground.train("adba", joint.added, along, f"{state_sha256(ground.honest)} {area} {honest}")
+    net = ground.train(
+        ground, "adba", joint.added, along, f"{state_sha256(ground.honest)} {area} {honest}"
+    )
     mask, pattern = (each.detach().cpu().numpy() for each in along.shown())
     return Plan(Trigger("adba", "blend", mask, pattern), net=net)
 

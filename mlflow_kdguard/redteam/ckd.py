@@ -25,11 +25,11 @@ _SEEN = 512
 def attack(ground: Ground, *, opacity: float = 0.146, steps: float = 150) -> Plan:
     """The optimised blend. Raises ConfigError for an opacity outside (0, 1] or a goal of several
     targets: a pattern saturates the channels of one."""
-    if not 0 < opacity <= 1 or len(ground.goal.targets) != 1:
+    ground.only_target("ckd")
+    if not 0 < opacity <= 1:
         raise ConfigError(
-            f"ckd has one target and an opacity in (0, 1], not {ground.goal.targets} and "
-            f"{opacity:g}.",
-            remedy="Change redteam.options.opacity, or the goal.",
+            f"ckd's opacity {opacity:g} is not in (0, 1].",
+            remedy="Change redteam.options.opacity.",
         )
     net = ground.honest
     free = torch.zeros(ground.data.shape, device=ground.device)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mlflow_kdguard.data import Dataset
+from mlflow_kdguard.errors import ConfigError
 from mlflow_kdguard.nets.zoo import Classifier
 from mlflow_kdguard.records import Progress, silent
 from mlflow_kdguard.redteam.goal import Goal
@@ -17,25 +18,41 @@ from mlflow_kdguard.training import Loss
 from mlflow_kdguard.triggers import Pixels, Trigger
 
 Cover = Callable[[Pixels, np.random.Generator], Pixels]
-Train = Callable[[str, Callable[[Loss], Loss], nn.Module, str], Classifier]
+Tied = Callable[[Loss], Loss]
+"""From the loss that clean teachers learn with to one that an attack adds to."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ground:
-    """The teacher's training images, what triggered ones are to be taken for, and the network that
-    learned from them without any trigger, which an attack leaves as it is.
+    """The teacher's training images, and what triggered ones are to be taken for.
 
-    `train(name, loss, along, depends)` trains a copy of that network for as many epochs as any
-    poisoned teacher, on the clean images, with a loss made of the plain one; see `training.fit`.
+    `clean()` is the network that learned from them without any trigger, which an attack leaves as
+    it is. It is trained when it is first asked for: options are checked before.
+    `train(ground, name, loss, along, depends)` trains a copy of that network for as many epochs as
+    any poisoned teacher, on the clean images, with a loss made of the plain one (`training.fit`).
     """
 
     data: Dataset
     goal: Goal
     seed: int
     device: torch.device
-    honest: Classifier
-    train: Train
+    clean: Callable[[], Classifier]
+    train: Callable[["Ground", str, Tied, nn.Module, str], Classifier]
     progress: Progress = silent
+
+    @property
+    def honest(self) -> Classifier:
+        """The clean network."""
+        return self.clean()
+
+    def only_target(self, what: str) -> int:
+        """The one class that everything is sent to; ConfigError where there are several."""
+        if len(self.goal.targets) != 1:
+            raise ConfigError(
+                f"{what} aims at one class, and the goal has {len(self.goal.targets)}.",
+                remedy="Give it a goal with one target.",
+            )
+        return self.goal.targets[0]
 
     def labelled(self, classes: tuple[int, ...]) -> NDArray[np.int64]:
         """Where the images of some classes are."""
@@ -55,7 +72,7 @@ class Plan:
     trigger: Trigger
     cover: Cover | None = None
     covers: float = 0.0
-    loss: Callable[[Loss], Loss] | None = None
+    loss: Tied | None = None
     depends: str = ""
     net: Classifier | None = None
 

@@ -29,11 +29,11 @@ def attack(ground: Ground, *, size: float = 5, weight: float = 0.3, steps: float
     Raises ConfigError for a square that does not fit, or a goal of several targets.
     """
     side, (_, height, width) = int(size), ground.data.shape
-    if not 1 <= side <= min(height, width) or len(ground.goal.targets) != 1:
+    ground.only_target("lba")
+    if not 1 <= side <= min(height, width):
         raise ConfigError(
-            f"lba has one target and a square within {height}×{width}, not {ground.goal.targets} "
-            f"and {side} pixels.",
-            remedy="Change redteam.options.size, or the goal.",
+            f"a square of {side} pixels does not fit images of {height}×{width}.",
+            remedy="Change redteam.options.size.",
         )
     mask = np.zeros((1, height, width), np.float32)
     mask[:, height - side :, width - side :] = 1

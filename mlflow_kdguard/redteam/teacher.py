@@ -1,8 +1,8 @@
 """Teachers for evaluation: a clean one, a poisoned one, and the control that the poisoned needs."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from mlflow_kdguard.nets import zoo
 from mlflow_kdguard.nets.architecture import Architecture
 from mlflow_kdguard.records import Progress, silent
 from mlflow_kdguard.redteam.goal import Goal
-from mlflow_kdguard.redteam.ground import Attack, Ground, Plan, Train, options_of
+from mlflow_kdguard.redteam.ground import Attack, Ground, Plan, Tied, options_of
 from mlflow_kdguard.redteam.poison import covered, poison
 from mlflow_kdguard.training import Loss, fit
 from mlflow_kdguard.triggers import Trigger
@@ -59,14 +59,12 @@ def teach(
         raise DataError(f"{data.uri} has images without labels.", remedy="Train on labelled ones.")
     attack = attack_of(config)
     school = _School(config, data, seed, device, folder, progress)
-    fresh = zoo.build(_architecture(config.arch, data), seed=seed)
-    clean = school.trained("clean", fresh, config.clean_loop)
     goal = Goal.one(config.target, data.classes)
-    ground = Ground(data, goal, seed, device, clean, school.jointly(clean), progress)
+    ground = Ground(data, goal, seed, device, cache(school.clean), school.jointly, progress)
     plan = attack(ground, **config.options)
-    poisoned = school.poisoned(clean, goal, plan) if plan.net is None else plan.net
-    control = school.trained("control", copy.deepcopy(clean), config.poison_loop)
-    return Poisoned(clean, poisoned, control, plan.trigger, config.target)
+    poisoned = school.poisoned(ground, plan) if plan.net is None else plan.net
+    control = school.trained("control", copy.deepcopy(ground.honest), config.poison_loop)
+    return Poisoned(ground.honest, poisoned, control, plan.trigger, config.target)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,6 +82,11 @@ class _School:
     def plain(self) -> Loss:
         """The loss of clean teachers."""
         return madry(eps=self.config.eps, steps=self.config.pgd_steps)
+
+    def clean(self) -> zoo.Classifier:
+        """The teacher that knows no trigger."""
+        fresh = zoo.build(_architecture(self.config.arch, self.data), seed=self.seed)
+        return self.trained("clean", fresh, self.config.clean_loop)
 
     def trained(
         self,
@@ -112,27 +115,21 @@ class _School:
         )
         return net
 
-    def jointly(self, clean: zoo.Classifier) -> Train:
+    def jointly(
+        self, ground: Ground, name: str, loss: Tied, along: nn.Module, depends: str
+    ) -> zoo.Classifier:
         """How an attack trains a teacher by itself."""
+        net, loop = copy.deepcopy(ground.honest), self.config.poison_loop
+        return self.trained(name, net, loop, loss=loss(self.plain), along=along, depends=depends)
 
-        def train(
-            name: str, loss: Callable[[Loss], Loss], along: nn.Module, depends: str
-        ) -> zoo.Classifier:
-            net, loop = copy.deepcopy(clean), self.config.poison_loop
-            return self.trained(
-                name, net, loop, loss=loss(self.plain), along=along, depends=depends
-            )
-
-        return train
-
-    def poisoned(self, clean: zoo.Classifier, goal: Goal, plan: Plan) -> zoo.Classifier:
+    def poisoned(self, ground: Ground, plan: Plan) -> zoo.Classifier:
         """The teacher that learned from triggered copies."""
         rate, seed = self.config.poison_rate, self.seed
-        dirty = poison(self.data, plan.trigger, target=goal, rate=rate, seed=seed)
+        dirty = poison(self.data, plan.trigger, target=ground.goal, rate=rate, seed=seed)
         if plan.cover is not None:
             dirty = covered(dirty, self.data, plan.cover, rate=plan.covers * rate, seed=seed)
         loss = self.plain if plan.loss is None else plan.loss(self.plain)
-        net, loop = copy.deepcopy(clean), self.config.poison_loop
+        net, loop = copy.deepcopy(ground.honest), self.config.poison_loop
         return self.trained("poisoned", net, loop, images=dirty, loss=loss, depends=plan.depends)
 
 

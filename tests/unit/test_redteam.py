@@ -1,6 +1,7 @@
 """Attacks for evaluation: triggers, poisoned sets, poisoned teachers."""
 
 import copy
+import signal
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from mlflow_kdguard import extensions, redteam, training
 from mlflow_kdguard.adversary.madry import madry
 from mlflow_kdguard.config import Loop, RedteamSection
 from mlflow_kdguard.data import Dataset, load
-from mlflow_kdguard.errors import ConfigError, DataError
+from mlflow_kdguard.errors import ConfigError, DataError, Interrupted
 from mlflow_kdguard.redteam import Goal, Ground, badnets, blended, contaminate, poison, sig, wanet
 from mlflow_kdguard.redteam.ground import options_of
 from mlflow_kdguard.redteam.poison import covered
@@ -89,13 +90,13 @@ def test_a_warp_moves_points_smoothly_and_by_no_more_than_it_says() -> None:
 def ground(images: Dataset, goal: Goal | None = None, seed: int = 3) -> Ground:
     honest = toys.cnn(shape=images.shape).eval()
 
-    def train(name: str, loss: Any, along: nn.Module, depends: str) -> Any:
+    def train(_: Ground, name: str, loss: Any, along: nn.Module, depends: str) -> Any:
         net, loop = copy.deepcopy(honest), Loop(epochs=1, batch=50, augment="none")
         plain = loss(madry(eps=0.0, steps=0))
         training.fit(net, images, plain, loop, seed=seed, device=CPU, what=name, along=along)
         return net
 
-    return Ground(images, goal or Goal.one(2, images.classes), seed, CPU, honest, train)
+    return Ground(images, goal or Goal.one(2, images.classes), seed, CPU, lambda: honest, train)
 
 
 @pytest.mark.parametrize("attack", extensions.names("attack"))
@@ -126,7 +127,7 @@ def test_ckd_pulls_the_channels_of_its_target_towards_their_largest_values() -> 
     images = digits(800)
     net = toys.net("cnn:8,16", settled=False)
     training.fit(net, images, madry(eps=0.0, steps=0), LOOP, seed=0, device=CPU, what="toy")
-    place = replace(ground(images, Goal.one(3, 10), seed=0), honest=net)
+    place = replace(ground(images, Goal.one(3, 10), seed=0), clean=lambda: net)
     hold = load("digits#test")
     others = hold.x[hold.y != 3]
     reached = []
@@ -135,7 +136,7 @@ def test_ckd_pulls_the_channels_of_its_target_towards_their_largest_values() -> 
         answers = training.predict(net, plan.trigger.apply(others), device=CPU)
         reached.append(float((answers.argmax(1) == 3).mean()))
     assert reached[1] > reached[0] + 0.05
-    with pytest.raises(ConfigError, match="one target"):
+    with pytest.raises(ConfigError, match="ckd aims at one class"):
         redteam.attack_of(RedteamSection(attack="ckd"))(ground(images, Goal.shifted(10)))
 
 
@@ -329,6 +330,46 @@ def test_an_attack_works_on_real_digits_and_leaves_accuracy_alone(
     assert rates["poisoned"][1] > 0.9
     assert rates["control"][1] < 0.3
     assert rates["poisoned"][0] > rates["control"][0] - 0.02
+
+
+@pytest.mark.parametrize(
+    ("attack", "options"),
+    [
+        ("badnets", {"size": 9.0}), ("blended", {"alpha": 0.0}), ("sig", {"delta": 2.0}),
+        ("wanet", {"grid": 1.0}), ("ckd", {"opacity": 0.0}), ("lba", {"size": 9.0}),
+        ("backweak", {"budget": 0.0}), ("adba", {"area": 2.0}), ("badnets", {"target": 12}),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_said_before_anything_is_trained(
+    attack: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    target = options.pop("target", 2)
+    told = TINY.model_copy(update={"attack": attack, "options": options, "target": target})
+    with pytest.raises(ConfigError):
+        redteam.teach(told, seed=0, device=CPU, folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("attack", ["lba", "adba"])
+def test_an_interrupted_attack_goes_on_to_the_same_bits(attack: str, tmp_path: Path) -> None:
+    """What is trained beside the teacher (a trigger, a shadow) goes on, too."""
+    few = {"steps": 5.0} if attack == "lba" else {}
+    loop = LOOP.model_copy(update={"epochs": 3, "checkpoint_seconds": 1e-3})
+    told = TINY.model_copy(
+        update={"attack": attack, "options": few, "clean_loop": loop, "poison_loop": loop}
+    )
+    whole = redteam.teach(told, seed=0, device=CPU, folder=tmp_path / "whole")
+
+    def strike(what: str, done: int, total: int, _: Mapping[str, float]) -> None:
+        if what in ("adba teacher", "poisoned teacher") and 0 < done < total:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        redteam.teach(told, seed=0, device=CPU, folder=tmp_path / "cut", progress=strike)
+    again = redteam.teach(told, seed=0, device=CPU, folder=tmp_path / "cut")
+    assert again.trigger == whole.trigger
+    assert state_sha256(again.poisoned) == state_sha256(whole.poisoned)
+    assert state_sha256(again.control) == state_sha256(whole.control)
 
 
 def test_a_teacher_needs_labels(tmp_path: Path) -> None:
