@@ -68,13 +68,21 @@ def _rows(
         "student_accuracy": cells.accuracy(student, "test"),
     }
     for eps in told["eps"]:
-        for bound in spec["bounds"]:
+        for bound in _bounds(spec, place.student):
             found = cells.bounds(teacher, student, {**bound, "eps": eps, "classes": "top"}, "test")
             yield {
                 "set": place.images, "teacher": place.teacher, "student": place.student,
                 "seed": place.seed, "eps": eps, "method": bound["method"], **accuracy,
                 **{key: found[key] for key in ("n", "lower", "upper", "control")},
             }  # fmt: skip
+
+
+def _bounds(spec: Mapping[str, Any], student: str) -> Iterator[dict[str, Any]]:
+    """Sections of the bounds that a student is given."""
+    for told in spec["bounds"]:
+        bound = {**told}
+        if student in bound.pop("students", [student]):
+            yield bound
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
