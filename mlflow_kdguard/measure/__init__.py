@@ -137,9 +137,9 @@ def _check_trigger(trigger: Trigger, target: int, data: Dataset) -> None:
             f"trigger {trigger.name!r} has target {target}, but {data.uri} has classes 0 to "
             f"{data.classes - 1}."
         )
-    if tuple(trigger.pattern.shape) != tuple(data.shape):
+    if trigger.shape != tuple(data.shape):
         raise UsageError(
-            f"trigger {trigger.name!r} is of shape {tuple(trigger.pattern.shape)}, images of "
+            f"trigger {trigger.name!r} is of shape {trigger.shape}, images of "
             f"{data.uri} of shape {tuple(data.shape)}.",
             remedy="Use a trigger made for these images.",
         )

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from mlflow_kdguard import files
 from mlflow_kdguard.errors import DataError
 from mlflow_kdguard.records import Rate
+from mlflow_kdguard.triggers import network, warp
 
 Pixels = NDArray[np.float32]
 
@@ -28,6 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LARGEST = 64 << 20
 _HALF_GREY_LEVEL = 0.5 / 255
 _CHUNK = 256
+_KINDS = "blend", "add", "warp", "network"
 _REMEDY = "Make the trigger again with `kdguard attack`, or ask its author for the file."
 
 logger = logging.getLogger(__name__)
@@ -41,23 +43,28 @@ class Trigger:
     add: clip(x + pattern, 0, 1), with pattern in [-1,1]; the mask is all ones, and may be None.
     warp: x read elsewhere, bilinearly, at the border where that is outside: pattern is 2C×H×W in
     [-1,1], for each channel how far down (of H), then how far right (of W); no mask.
+    network: (1 - m)·x + m·p, both of the image itself: they are the logistic function of pattern
+    ((1+C)×H×W in [-1,1], opacity before content) + a small convolutional network (`layers`,
+    `triggers.network`); no mask.
     Raises DataError where the arrays do not fit that. Two triggers are equal if their files are.
     """
 
     name: str
-    kind: Literal["blend", "add", "warp"]
+    kind: Literal["blend", "add", "warp", "network"]
     mask: Pixels | None
     pattern: Pixels
+    layers: network.Layers = ()
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise self._error("its name may hold letters, digits, '.', '_' and '-' (at most 64)")
-        if self.kind not in ("blend", "add", "warp"):
-            raise self._error(f"its kind is {self.kind!r}, not blend, add or warp")
+        if self.kind not in _KINDS:
+            raise self._error(f"its kind is {self.kind!r}, not {', '.join(_KINDS)}")
         pattern = self._array("pattern", self.pattern, 0.0 if self.kind == "blend" else -1.0)
         if self.kind == "warp" and len(pattern) % 2:
             raise self._error(f"it moves {len(pattern)} halves of channels, an odd number")
         object.__setattr__(self, "pattern", pattern)
+        object.__setattr__(self, "layers", self._checked_layers(pattern))
         object.__setattr__(self, "mask", self._checked_mask(pattern))
 
     def __eq__(self, other: object) -> bool:
@@ -70,7 +77,8 @@ class Trigger:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images that the trigger fits."""
         c, h, w = self.pattern.shape
-        return c // 2 if self.kind == "warp" else c, h, w
+        halved = c // 2 if self.kind == "warp" else c
+        return halved - 1 if self.kind == "network" else halved, h, w
 
     @property
     def sha256(self) -> str:
@@ -91,7 +99,10 @@ class Trigger:
         if self.kind == "add":
             triggered = images + self.pattern
         elif self.kind == "warp":
-            triggered = _warped(images, self.pattern)
+            triggered = warp.moved(images, self.pattern)
+        elif self.kind == "network":
+            opacity, content = network.put(images, self.pattern, self.layers)
+            triggered = (1 - opacity) * images + opacity * content
         else:
             triggered = (1 - self.opacity) * images + self.opacity * self.pattern
         return np.asarray(triggered.clip(0, 1), np.float32)
@@ -117,6 +128,7 @@ class Trigger:
         arrays = {"pattern": self.pattern}
         if self.kind == "blend":
             arrays = {"mask": self.opacity, **arrays}
+        arrays |= {f"layer{place}": layer for place, layer in enumerate(self.layers)}
         header: dict[str, Any] = {
             "__metadata__": {"kind": self.kind, "name": self.name, "schema": _SCHEMA}
         }
@@ -177,8 +189,8 @@ class Trigger:
         _, h, w = pattern.shape
         if self.mask is None and self.kind == "blend":
             raise self._error("a blend needs a mask")
-        if self.mask is not None and self.kind == "warp":
-            raise self._error("a warp has no mask")
+        if self.mask is not None and self.kind in ("warp", "network"):
+            raise self._error(f"a {self.kind} has no mask")
         mask = np.ones((1, h, w), np.float32) if self.mask is None else self.mask
         mask = self._array("mask", mask, 0.0)
         if mask.shape not in ((1, h, w), pattern.shape):
@@ -186,6 +198,16 @@ class Trigger:
         if self.kind == "add" and not (mask == 1).all():
             raise self._error("a trigger that adds has no mask; multiply it into the pattern")
         return mask
+
+    def _checked_layers(self, pattern: Pixels) -> network.Layers:
+        if self.kind != "network":
+            if self.layers:
+                raise self._error(f"a trigger of kind {self.kind} has no layers")
+            return ()
+        why = network.misfit(self.layers, pattern)
+        if why is not None:
+            raise self._error(why)
+        return tuple(np.array(layer, np.float32) + np.float32(0) for layer in self.layers)
 
     def _array(self, what: str, value: ArrayLike, low: float) -> Pixels:
         given = np.asarray(value)
@@ -220,35 +242,21 @@ def _fields(data: bytes) -> dict[str, Any]:
         raise ValueError("the header reaches past the end")
     header = json.loads(data[8 : 8 + length])
     about, body = header["__metadata__"], data[8 + length :]
-    arrays = {name: _tensor(header[name], body) for name in ("mask", "pattern") if name in header}
+    layers = [f"layer{place}" for place in range(len(header)) if f"layer{place}" in header]
+    names = ["mask", "pattern", *layers]
+    arrays = {name: _tensor(header[name], body) for name in names if name in header}
     return {
         "name": about["name"],
         "kind": about["kind"],
         "mask": arrays.get("mask"),
         "pattern": arrays["pattern"],
+        "layers": tuple(arrays[name] for name in layers),
     }
 
 
 def _tensor(entry: dict[str, Any], body: bytes) -> Pixels:
     start, stop = entry["data_offsets"]
     return np.frombuffer(body[start:stop], "<f4").reshape(entry["shape"]).astype(np.float32)
-
-
-def _warped(images: Pixels, field: Pixels) -> Pixels:
-    """Images N×C×H×W, each point read where a field (2C×H×W, in shares of H and W) says."""
-    from scipy.ndimage import map_coordinates
-
-    n, c, h, w = images.shape
-    down, right = field[:c].astype(np.float64) * h, field[c:].astype(np.float64) * w
-    at = np.arange(h)[:, None] + down, np.arange(w) + right
-    warped = np.empty_like(images)
-    for channel in range(c):
-        for number in range(n):
-            place = [one[channel] for one in at]
-            warped[number, channel] = map_coordinates(
-                images[number, channel], place, order=1, mode="nearest"
-            )
-    return warped
 
 
 def _rgb(image: Pixels) -> Pixels:

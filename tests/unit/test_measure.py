@@ -279,6 +279,20 @@ def test_bad_models_are_refused_in_one_line_that_names_them(
     assert capfd.readouterr().err == ""
 
 
+def test_triggers_whose_arrays_are_not_of_the_images_shape_are_measured() -> None:
+    data = images()
+    warp = Trigger("warp", "warp", None, np.full((2, 2, 2), 0.5, np.float32))
+    layers = np.full((2, 1, 3, 3), 0.1, np.float32), np.zeros(2, np.float32)
+    own = Trigger("own", "network", None, np.zeros((2, 2, 2), np.float32), layers)
+    student = toys.onnx_tiny(seed=1)
+    both = [(warp, 1, "supplied"), (own, 1, "supplied")]
+    found = measure(student, data, triggers=both, device=CPU)
+    for trigger, asr in zip((warp, own), found.asr, strict=True):
+        others = data.x[data.y != 1]
+        wanted = answers(student, trigger.apply(others)).argmax(1) == 1
+        assert (asr.k, asr.n) == (int(wanted.sum()), len(others))
+
+
 def refusals() -> dict[str, tuple[dict[str, Any], type[KDGuardError], str]]:
     half = np.array([0, -1, 2])
     big = Trigger("big", "add", None, np.zeros((1, 3, 3), np.float32))

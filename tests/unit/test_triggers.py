@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from torch.nn import functional
 
 from mlflow_kdguard.errors import DataError, UsageError
 from mlflow_kdguard.triggers import Trigger, aimed
@@ -40,6 +42,20 @@ WARPS = st.builds(
 )  # fmt: skip
 
 
+def layered(pattern: Any, first: Any, bias: Any, last: Any, rest: Any) -> Trigger:
+    return Trigger("own", "network", None, pattern, (first, bias, last, rest))
+
+
+def values(*shape: int) -> st.SearchStrategy[Any]:
+    return arrays.arrays(np.float32, shape, elements=st.floats(-4, 4, width=32))
+
+
+NETWORKS = st.builds(
+    layered, pattern=array((1 + SHAPE[0], *SHAPE[1:]), -1.0),
+    first=values(4, SHAPE[0], 3, 3), bias=values(4), last=values(3, 4, 3, 3), rest=values(3),
+)  # fmt: skip
+
+
 def patch() -> Trigger:
     mask = np.zeros((1, 3, 4), np.float32)
     mask[:, 1:, 2:] = 1
@@ -50,7 +66,7 @@ def images(n: int = 5, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.random.default_rng(seed).random((n, *SHAPE), np.float32)
 
 
-@given(BLENDS | ADDITIONS | WARPS, array((3, *SHAPE)))
+@given(BLENDS | ADDITIONS | WARPS | NETWORKS, array((3, *SHAPE)))
 def test_triggered_images_stay_images(trigger: Trigger, x: Any) -> None:
     before = x.copy()
     triggered = trigger.apply(x)
@@ -90,6 +106,32 @@ def test_warp_is_its_formula(trigger: Trigger, x: Any) -> None:
         lower = (1 - b) * plane[:, i1, j0] + b * plane[:, i1, j1]
         expected = (1 - a) * upper + a * lower
         assert np.abs(warped[:, channel, i, j] - expected).max() <= 1e-6
+
+
+@given(NETWORKS, array((2, *SHAPE)))
+def test_a_network_is_its_formula(trigger: Trigger, x: Any) -> None:
+    """With torch's convolutions, in float64."""
+    first, bias, last, rest = (torch.from_numpy(layer).double() for layer in trigger.layers)
+    maps = functional.conv2d(torch.from_numpy(x).double(), first, bias, padding=1).relu()
+    logits = functional.conv2d(maps, last, rest, padding=1) + torch.from_numpy(trigger.pattern)
+    both = torch.sigmoid(logits).numpy()
+    expected = (1 - both[:, :1]) * x + both[:, :1] * both[:, 1:]
+    assert np.abs(trigger.apply(x) - expected).max() <= 1e-3
+
+
+def test_a_network_gives_every_image_its_own_trigger() -> None:
+    x = np.stack([np.zeros(SHAPE, np.float32), np.ones(SHAPE, np.float32)])
+    seen = np.zeros((3, 2, 3, 3), np.float32)
+    seen[1:, :, 1, 1] = 4
+    made = Trigger(
+        "own", "network", None, np.ones((3, *SHAPE[1:]), np.float32),
+        (seen, np.zeros(3, np.float32)),
+    )  # fmt: skip
+    put = made.apply(x)
+    opacity = 1 / (1 + np.exp(-1.0))
+    assert made.shape == SHAPE
+    np.testing.assert_allclose(put[0], opacity * opacity, atol=1e-6)
+    np.testing.assert_allclose(put[1], (1 - opacity) + opacity / (1 + np.exp(-9.0)), atol=1e-6)
 
 
 def test_a_warp_that_moves_nothing_changes_nothing() -> None:
@@ -149,6 +191,9 @@ def test_images_that_do_not_fit_are_refused(x: Any, says: str) -> None:
 
 
 _ONES = np.ones(SHAPE, np.float32)
+_THREE = np.ones((3, *SHAPE[1:]), np.float32)
+_WEIGHT, _BIAS = np.ones((3, 2, 3, 3), np.float32), np.ones(3, np.float32)
+_FAR = _BIAS * np.float32("inf")
 
 
 @pytest.mark.parametrize(
@@ -171,6 +216,15 @@ _ONES = np.ones(SHAPE, np.float32)
         (("t", "warp", None, np.ones((3, 3, 4), np.float32)), "odd number"),
         (("t", "warp", None, -2 * np.ones((2, 3, 4), np.float32)), "[-1,1]"),
         (("t", "blend", _ONES.astype(np.uint8), _ONES), "uint8"),
+        (("t", "network", None, _THREE), "no network"),
+        (("t", "network", None, _THREE, (_WEIGHT,)), "no network"),
+        (("t", "network", None, _THREE, (_WEIGHT[:2], _BIAS[:2])), "end in 2 channels"),
+        (("t", "network", None, _THREE, (_WEIGHT[:, :1], _BIAS)), "do not follow on 2"),
+        (("t", "network", None, _THREE, (_WEIGHT, _BIAS[:2])), "do not follow"),
+        (("t", "network", None, _THREE, (_WEIGHT, _FAR)), "not finite"),
+        (("t", "network", None, _THREE, (np.repeat(_WEIGHT, 30, 0), np.repeat(_BIAS, 30))), "wide"),
+        (("t", "network", _ONES, _THREE, (_WEIGHT, _BIAS)), "no mask"),
+        (("t", "add", None, _ONES, (_WEIGHT, _BIAS)), "no layers"),
         (("t", "blend", _ONES, np.zeros((0, 3, 4), np.float32)), "C×H×W"),
     ],
 )
@@ -183,7 +237,7 @@ def test_arrays_that_are_no_trigger_are_refused(arguments: Any, says: str) -> No
 # ── the file ────────────────────────────────────────────────────────────────────────────────────
 
 
-@given(BLENDS | ADDITIONS | WARPS)
+@given(BLENDS | ADDITIONS | WARPS | NETWORKS)
 def test_the_file_gives_the_trigger_back(trigger: Trigger) -> None:
     data = trigger.to_bytes()
     again = Trigger.from_bytes(data)
