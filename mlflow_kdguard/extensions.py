@@ -22,6 +22,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "lba": "mlflow_kdguard.redteam.lba:attack",
         "backweak": "mlflow_kdguard.redteam.backweak:attack",
         "adba": "mlflow_kdguard.redteam.adba:attack",
+        "input_aware": "mlflow_kdguard.redteam.input_aware:attack",
+        "scar": "mlflow_kdguard.redteam.scar:attack",
     },
     "detector": {
         "variance": "mlflow_kdguard.audit.variance:examine",

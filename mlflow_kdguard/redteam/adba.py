@@ -13,19 +13,17 @@ but a universal perturbation.
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 
 from mlflow_kdguard.errors import ConfigError
 from mlflow_kdguard.nets import zoo
 from mlflow_kdguard.redteam.ground import Ground, Plan
+from mlflow_kdguard.redteam.optimise import Learned, constant
 from mlflow_kdguard.training import Batch, Loss, derive, evaluating, state_sha256
 from mlflow_kdguard.triggers import Trigger
 
 _TRIGGERED = 24
 """Triggered images a step; the trigger is on a third of them in full."""
-_RATE = 0.05
-"""Step size of Adam on the trigger."""
 _TEMPERATURE = 4.0
 """Of the shadow's distillation."""
 _RENEWED = (4 / 9, 7 / 9)
@@ -53,33 +51,20 @@ def attack(ground: Ground, *, area: float = 0.05, honest: float = 1.0) -> Plan:
 
 
 class _Along(nn.Module):
-    """What is trained beside the teacher: the shadow, and the trigger with its Adam."""
-
-    free: Tensor
-    first: Tensor
-    second: Tensor
+    """What is trained beside the teacher: the shadow, and the trigger."""
 
     def __init__(self, ground: Ground, shadow: nn.Module) -> None:
         super().__init__()
         self.shadow = shadow
         c, h, w = ground.data.shape
-        free = torch.full((1 + c, h, w), _PATTERN, device=ground.device)
-        free[0] = _MASK
-        for name, value in (("free", free), ("first", free * 0.0), ("second", free * 0.0)):
-            self.register_buffer(name, value)
+        start = torch.full((1 + c, h, w), _PATTERN, device=ground.device)
+        start[0] = _MASK
+        self.trigger = Learned(start)
 
     def shown(self) -> tuple[Tensor, Tensor]:
         """Opacity 1×H×W and content C×H×W, in [0,1]."""
-        both = torch.sigmoid(self.free)
+        both = torch.sigmoid(self.trigger.free)
         return both[:1], both[1:]
-
-    def step(self, gradient: Tensor, number: int) -> None:
-        """One step of Adam on the trigger."""
-        self.first.lerp_(gradient, 0.1)
-        self.second.lerp_(gradient.square(), 0.001)
-        first = self.first / (1 - 0.9**number)
-        second = self.second / (1 - 0.999**number)
-        self.free -= _RATE * first / (second.sqrt() + 1e-8)
 
 
 class _Joint:
@@ -132,21 +117,13 @@ class _Joint:
     def _move(self, net: nn.Module, x: Tensor, y: Tensor, batch: Batch) -> None:
         """One step of the trigger: teacher and shadow obey, the clean network does not."""
         wanted = self.wanted[y]
-        free = self.along.free.clone().requires_grad_(True)
+        free = self.along.trigger.free.clone().requires_grad_(True)
         both = torch.sigmoid(free)
         put = (1 - both[:1]) * x + both[:1] * both[1:]
         value = 2.0 * both[0].mean() / self.area
         for one in (net, self.along.shadow):
-            value = value + functional.cross_entropy(_constant(one, put), wanted)
-        own = functional.cross_entropy(_constant(self.ground.honest, put), y)
+            value = value + functional.cross_entropy(constant(one, put), wanted)
+        own = functional.cross_entropy(constant(self.ground.honest, put), y)
         (gradient,) = torch.autograd.grad(value + self.honest * own, free)
-        self.along.step(gradient, batch.step + 1)
+        self.along.trigger.step(gradient, batch.step + 1)
         batch.figures["trigger"] = value.detach()
-
-
-def _constant(net: nn.Module, x: Tensor) -> Tensor:
-    """Logits in evaluation mode, through weights that no gradient reaches."""
-    weights = {name: weight.detach() for name, weight in net.named_parameters()}
-    with evaluating(net):
-        logits: Tensor = functional_call(net, weights, (x,))
-        return logits

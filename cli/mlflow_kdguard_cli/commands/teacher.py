@@ -196,14 +196,16 @@ def attack(**flags: Any) -> None:
     control is a clean teacher of equal training. NAME, a row of the attack table:
 
     \b
-      badnets   a small square of one grey value
-      blended   one noise image mixed into every image
-      sig       a sinusoid over the whole image
-      wanet     a smooth warp
-      ckd       a faint pattern that saturates the target's channels
-      lba       a square with the target's features
-      backweak  a pattern too weak to be seen
-      adba      trained with a shadow student, so that distillation carries it
+      badnets      a small square
+      blended      one noise image mixed into every image
+      sig          a sinusoid over the whole image
+      wanet        a smooth warp
+      ckd          a faint pattern that saturates the target's channels
+      lba          a square with the target's features
+      backweak     a pattern too weak to be seen
+      adba         trained with a shadow student, so that distillation carries it
+      input_aware  every image has a trigger of its own
+      scar         sleeps in the teacher, and wakes up in a student
 
     \b
     kdguard attack badnets --target 3 --out attack
