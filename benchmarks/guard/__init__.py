@@ -1,0 +1,1 @@
+"""What survives distillation, and which guard removes it: floors, baselines, and ours."""

@@ -1,0 +1,109 @@
+"""Guards against backdoors that survive distillation: python -m benchmarks.guard [--rows A,B] …
+
+For each row of spec.yaml (an attack on a pair of networks), seed and guard: the poisoned teacher,
+the guard's reference, and a student that distils from it on an unlabelled, perhaps contaminated
+transfer set, beside a student of a clean teacher (the floor of every rate) and one without any
+teacher (the floor of accuracy). Prints the students' accuracy, rate, lift with its one-sided 95 %
+bounds, and the value kept; writes benchmarks/results/guard.json. A row in which the undefended
+student is not .3 above the clean teacher's student is void, and shown as such. Finished cells are
+kept in --folder: a run that was killed goes on where it was.
+
+--rows, --guards, --pairs   some of them, separated by commas
+--use                       rows for development, or those held out ("held out")
+--seeds                     the first so many of each pair's
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.guard.cells import CLEAN_TEACHER, FLOORS, NO_TEACHER, NONE, Cells, Judged
+from benchmarks.guard.rows import Guard, Row, chosen, rows
+from benchmarks.guard.scores import Score, score, valid
+from benchmarks.record import machine, write
+
+HERE = Path(__file__).parent
+HEAD = (
+    "guard                     accuracy    drop     asr    base    lift  [lower,  upper]   kept"
+    "  seconds"
+)
+
+
+def main() -> None:
+    """Make the cells, print the tables, record them."""
+    given = _options()
+    torch.set_num_threads(1)
+    spec = yaml.safe_load(given.spec.read_text())
+    cells = Cells(given.folder, spec["sets"])
+    known = {name: Guard.read(told) for name, told in spec["guards"].items()}
+    guards = {name: known[name] for name in _named(given.guards, list(known))}
+    body: dict[str, Any] = {"spec": spec, "rows": []}
+    for row in chosen(list(rows(spec)), given.rows, given.pairs, given.use):
+        body["rows"].append(_told(cells, row, row.seeds[: given.seeds], guards))
+    print(f"wrote {write(given.out, {**machine(), **body})}")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in ("rows", "guards", "pairs"):
+        parser.add_argument(f"--{name}", type=lambda text: text.split(","))
+    parser.add_argument("--use")
+    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--spec", type=Path, default=HERE / "spec.yaml")
+    parser.add_argument("--folder", type=Path, default=Path("kdguard-work/guard"))
+    parser.add_argument("--out", default="guard.json")
+    return parser.parse_args()
+
+
+def _named(asked: Sequence[str] | None, known: list[str]) -> list[str]:
+    """The guards that were asked for, after none at all, which every score needs."""
+    unknown = set(asked or ()) - set(known)
+    if unknown:
+        raise SystemExit(f"no guard {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    return [name for name in known if name == NONE or asked is None or name in asked]
+
+
+def _told(cells: Cells, row: Row, seeds: Sequence[int], guards: dict[str, Guard]) -> dict[str, Any]:
+    """All guards on one row."""
+    teacher = [cells.raw(row, seed) for seed in seeds]
+    raw = {"accuracy": [one.accuracy for one in teacher], "asr": [one.asr for one in teacher]}
+    accuracy, asr = (sum(values) / len(values) for values in raw.values())
+    print(
+        f"\n{row.name} on {row.pair} ({row.use}), target {row.teacher.target}, "
+        f"seeds {list(seeds)}: teacher's accuracy {accuracy:.3f}, rate {asr:.3f}"
+    )
+    students: dict[str, list[Judged]] = {
+        name: [cells.judged(row, name, seed) for seed in seeds] for name in FLOORS
+    }
+    none = students[NONE] = [cells.judged(row, guards[NONE], seed) for seed in seeds]
+    counts = valid(none, students[CLEAN_TEACHER])
+    print(f"{'valid' if counts else 'VOID: the attack does not survive distillation'}\n{HEAD}")
+    scores = {}
+    for name in (*FLOORS, *guards):
+        if name not in students:
+            students[name] = [cells.judged(row, guards[name], seed) for seed in seeds]
+        scores[name] = score(students[name], none, students[CLEAN_TEACHER], students[NO_TEACHER])
+        print(_line(name, scores[name]), flush=True)
+    return {"row": row.name, "pair": row.pair, "use": row.use, "seeds": list(seeds),
+            "target": row.teacher.target, "valid": counts, "teacher": raw,
+            "scores": {name: one.document() for name, one in scores.items()},
+            "cells": {name: [one.told for one in each] for name, each in students.items()},
+            }  # fmt: skip
+
+
+def _line(name: str, one: Score) -> str:
+    kept = "      " if one.kept is None else f"{one.kept:6.2f}"
+    return (
+        f"{name:<26}{one.accuracy:8.3f}{one.drop:8.3f}{one.asr:8.3f}{one.baseline:8.3f}"
+        f"{one.lift:8.3f}  [{one.lift_lower:6.3f}, {one.lift_upper:6.3f}] {kept} {one.seconds:8.1f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""Teachers, audits and students as files: each is made once, and found again by what it is made of.
+
+A cell's notes are written last, so that a run that was killed repeats the cell that it was at.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from benchmarks.guard.rows import Guard, Row
+from mlflow_kdguard import data, distill
+from mlflow_kdguard.audit import examine
+from mlflow_kdguard.config import AuditSection, DetoxSection
+from mlflow_kdguard.data import Dataset
+from mlflow_kdguard.detox import choose, cleanse
+from mlflow_kdguard.detox.suspects import NEEDING
+from mlflow_kdguard.files import digest_json, write_json
+from mlflow_kdguard.nets import load, zoo
+from mlflow_kdguard.nets.architecture import Architecture
+from mlflow_kdguard.records import AuditReport
+from mlflow_kdguard.redteam import contaminate, teach
+from mlflow_kdguard.training import predict, state_sha256
+from mlflow_kdguard.triggers import Trigger
+
+CPU = torch.device("cpu")
+POISONED, CONTROL, CLEAN, TRIGGER, DONE = "poisoned", "control", "clean", "trigger.kdt", "done.json"
+CLEAN_TEACHER, NO_TEACHER, NONE = "clean teacher", "no teacher", "none"
+FLOORS = (CLEAN_TEACHER, NO_TEACHER)
+INVERSION = AuditSection(detectors=("inversion",))
+
+
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """The attacker's files, and what names them."""
+
+    folder: Path
+    digest: str
+
+    def net(self, name: str) -> zoo.Classifier:
+        """`poisoned`, or `control`: as many epochs without the trigger."""
+        return load.load(self.folder / name / "weights.safetensors", architecture=None)
+
+    @property
+    def trigger(self) -> Trigger:
+        """What the attack puts on images."""
+        return Trigger.load(self.folder / TRIGGER)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A network on the test images: whether each is right (bool N), and whether each image of
+    another class is sent to the target (bool M); and what was noted when it was made."""
+
+    right: NDArray[np.bool_]
+    sent: NDArray[np.bool_]
+    told: dict[str, Any]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images that are right."""
+        return float(self.right.mean())
+
+    @property
+    def asr(self) -> float:
+        """Share of other classes' images that are sent to the target."""
+        return float(self.sent.mean())
+
+
+class Cells:
+    """The cells of one folder."""
+
+    def __init__(self, folder: Path, sets: Mapping[str, str]) -> None:
+        self.folder, self.sets = folder, sets
+
+    @cached_property
+    def train(self) -> Dataset:
+        """What teachers learn from, and the clean part of the transfer set."""
+        return data.load(self.sets["train"])
+
+    @cached_property
+    def clean(self) -> Dataset:
+        """The defender's labelled images."""
+        return data.load(self.sets["clean"])
+
+    @cached_property
+    def test(self) -> Dataset:
+        """What everything is judged on."""
+        return data.load(self.sets["test"])
+
+    def taught(self, row: Row, seed: int) -> Taught:
+        """The poisoned teacher of a row, its control and its trigger."""
+        told = {"section": row.teacher.model_dump(mode="json"), "seed": seed,
+                "train": self.train.sha256}  # fmt: skip
+        digest = digest_json(told)[:24]
+        folder = self.folder / "teachers" / digest
+
+        def make(place: Path) -> dict[str, Any]:
+            shared = self._shared(row, seed, place)
+            began = time.process_time()
+            made = teach(row.teacher, seed=seed, device=CPU, folder=place, data=self.train)
+            seconds = time.process_time() - began
+            for name, net in ((POISONED, made.poisoned), (CONTROL, made.control)):
+                load.save(net, place / name)
+            made.trigger.save(place / TRIGGER)
+            _share(shared, place)
+            return {**told, "seconds": seconds}
+
+        _once(folder, make)
+        return Taught(folder, digest)
+
+    def _shared(self, row: Row, seed: int, place: Path) -> Path:
+        """Where the checkpoints of clean teachers are that many attacks begin with."""
+        section = row.teacher.model_dump(
+            mode="json", include={"arch", "eps", "pgd_steps", "clean_loop", "poison_loop"}
+        )
+        key = {"section": section, "seed": seed, "train": self.train.sha256}
+        shared = self.folder / "clean" / digest_json(key)[:24]
+        place.mkdir(parents=True, exist_ok=True)
+        for name in (CLEAN, CONTROL):
+            if (shared / f"{name}.checkpoint").exists():
+                shutil.copyfile(shared / f"{name}.checkpoint", place / f"{name}.checkpoint")
+        return shared
+
+    def raw(self, row: Row, seed: int) -> Judged:
+        """The poisoned teacher itself."""
+        taught = self.taught(row, seed)
+
+        def make(place: Path) -> dict[str, Any]:
+            _write(place, self._bits(taught.net(POISONED), taught.trigger, row.teacher.target))
+            return {}
+
+        told = {"raw": taught.digest, "test": self.test.sha256}
+        return _read(_once(self.folder / "raw" / digest_json(told)[:24], make))
+
+    def audited(self, net: nn.Module, seed: int) -> tuple[AuditReport, float]:
+        """What universal inversion says of a network, and the seconds that it took."""
+        told = {"net": state_sha256(net), "seed": seed, "clean": self.clean.sha256,
+                "audit": INVERSION.model_dump(mode="json")}  # fmt: skip
+
+        def make(_: Path) -> dict[str, Any]:
+            began = time.process_time()
+            found = examine(net, data=self.clean, config=INVERSION, model_sha256=told["net"],
+                            seed=seed, device=CPU)  # fmt: skip
+            seconds = time.process_time() - began
+            return {**told, "report": found.report.model_dump(mode="json"), "seconds": seconds}
+
+        notes = _once(self.folder / "audits" / digest_json(told)[:24], make)
+        kept = json.loads((notes / DONE).read_text())
+        return AuditReport.model_validate(kept["report"]), kept["seconds"]
+
+    def judged(self, row: Row, guard: Guard | str, seed: int) -> Judged:
+        """The student of a row under a guard, or one of the FLOORS, on the test images."""
+        taught = self.taught(row, seed)
+        told = {
+            "teacher": taught.digest, "seed": seed, "contamination": row.contamination,
+            "guard": guard if isinstance(guard, str) else guard.document(),
+            "student": row.student.model_dump(mode="json"),
+            "clean": self.clean.sha256, "test": self.test.sha256,
+        }  # fmt: skip
+
+        def make(place: Path) -> dict[str, Any]:
+            reference, notes = self._reference(taught, guard, seed)
+            began = time.process_time()
+            student: nn.Module = self._student(row, taught, reference, guard, seed)
+            seconds = {**notes.pop("seconds", {}), "student": time.process_time() - began}
+            if isinstance(guard, Guard) and guard.after is not None:
+                student, seconds["after"] = self._repaired(student, guard.after, seed)
+            target = row.teacher.target
+            _write(place, self._bits(student, taught.trigger, target))
+            kept, reached = self._bits(reference, taught.trigger, target)
+            figures = {"reference": [float(kept.mean()), float(reached.mean())]}
+            return {**told, **notes, **figures, "seconds": seconds,
+                    "student_sha256": state_sha256(student)}  # fmt: skip
+
+        return _read(_once(self.folder / "students" / digest_json(told)[:24], make))
+
+    def _reference(
+        self, taught: Taught, guard: Guard | str, seed: int
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """What the student distils from, and what the guard noted."""
+        if isinstance(guard, str):
+            return taught.net(CONTROL), {}
+        teacher = taught.net(CONTROL if guard.of_clean else POISONED)
+        report, seconds = None, 0.0
+        if NEEDING & set(guard.detox.chain):
+            report, seconds = self.audited(teacher, seed)
+        suspects, source = choose(guard.detox, report)
+        began = time.process_time()
+        done = cleanse(
+            teacher, self.clean, suspects=suspects, suspects_from=source, config=guard.detox,
+            seed=seed, device=CPU,
+        )  # fmt: skip
+        rates = None if report is None else report.detectors[0].details["rates"]
+        spent = {"audit": seconds, "detox": time.process_time() - began}
+        outcomes = [step.outcome for step in done.record.steps]
+        return done.reference, {
+            "suspects": suspects, "inversion": rates, "outcomes": outcomes, "seconds": spent,
+        }  # fmt: skip
+
+    def _repaired(
+        self, student: nn.Module, detox: DetoxSection, seed: int
+    ) -> tuple[nn.Module, float]:
+        """The student after a chain of its own, and the seconds that it took."""
+        report, spent = self.audited(student, seed) if NEEDING & set(detox.chain) else (None, 0.0)
+        suspects, _ = choose(detox, report)
+        began = time.process_time()
+        done = cleanse(student, self.clean, suspects=suspects, config=detox, seed=seed, device=CPU)
+        return done.reference, spent + time.process_time() - began
+
+    def _student(
+        self, row: Row, taught: Taught, reference: nn.Module, guard: Guard | str, seed: int
+    ) -> zoo.Classifier:
+        """The student after its epochs; without a teacher, after as many steps on the labelled
+        images."""
+        changes = {} if isinstance(guard, str) else guard.student
+        config = row.student.model_copy(update=dict(changes))
+        teacher = taught.net(CONTROL).architecture
+        architecture = Architecture(
+            arch=config.arch, shape=self.train.shape, classes=self.train.classes,
+            mean=teacher.mean, std=teacher.std,
+        )  # fmt: skip
+        student = zoo.build(architecture, seed=seed)
+        transfer = contaminate(self.train, taught.trigger, rate=row.contamination, seed=seed)
+        if guard == NO_TEACHER:
+            epochs = round(config.epochs * (len(transfer) + len(self.clean)) / len(self.clean))
+            transfer = transfer.take([])
+            config = config.model_copy(
+                update={"loss": "none", "label_weight": 1.0, "epochs": epochs}
+            )
+        distill.train(
+            student, reference, transfer, self.clean, config=config, seed=seed, device=CPU
+        )
+        return student
+
+    def _bits(
+        self, net: nn.Module, trigger: Trigger, target: int
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        others = self.test.x[self.test.y != target]
+        right = predict(net, self.test.x, device=CPU).argmax(1) == self.test.y
+        return right, predict(net, trigger.apply(others), device=CPU).argmax(1) == target
+
+
+def _share(shared: Path, place: Path) -> None:
+    """Keep the clean teachers' checkpoints for other attacks, and none beside."""
+    shared.mkdir(parents=True, exist_ok=True)
+    for name in (CLEAN, CONTROL):
+        shutil.copyfile(place / f"{name}.checkpoint", shared / f"{name}.checkpoint")
+    for left in place.glob("*.checkpoint"):
+        left.unlink()
+
+
+def _write(place: Path, bits: tuple[NDArray[np.bool_], NDArray[np.bool_]]) -> None:
+    np.savez_compressed(place / "bits.npz", right=bits[0], sent=bits[1])
+
+
+def _read(folder: Path) -> Judged:
+    with np.load(folder / "bits.npz") as bits:
+        return Judged(bits["right"], bits["sent"], json.loads((folder / DONE).read_text()))
+
+
+def _once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> Path:
+    """Let `make` fill the folder, unless it has; its notes are written last."""
+    if not (folder / DONE).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / DONE, make(folder))
+    return folder
