@@ -33,6 +33,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "variance_mask": "mlflow_kdguard.detox.variance_mask:cleanse",
         "unlearn": "mlflow_kdguard.detox.unlearn:cleanse",
         "margin_cap": "mlflow_kdguard.detox.margin_cap:cleanse",
+        "margin_swap": "mlflow_kdguard.detox.margin_swap:cleanse",
         "fine_tune": "mlflow_kdguard.detox.fine_tune:cleanse",
         "fine_prune": "mlflow_kdguard.detox.fine_prune:cleanse",
         "ft_sam": "mlflow_kdguard.detox.ft_sam:cleanse",

@@ -57,7 +57,7 @@ def main() -> None:
         picture.draw_verifiable(rows, IMAGES / f"faithful-verifiable{suffix}.png")
         print(f"wrote {write(f'faithful-verifiable{suffix}.json', body)}")
         return
-    rows = paper.run(spec, given.folder, quick=given.quick)
+    rows, refused = paper.run(spec, given.folder, quick=given.quick)
     means, held = paper.summary(rows), paper.orderings(rows)
     print(paper.table(spec, means))
     for each in held:
@@ -65,7 +65,9 @@ def main() -> None:
             f"{each['set']:14} {each['eps']:6g} {each['method']:7} {each['statement']:28} "
             f"in {each['holds']} of {each['seeds']}"
         )
-    body |= {"summary": means, "orderings": held, "rows": rows}
+    for row in refused:
+        print(f"{row['set']:14} {row['teacher']:7} {row['student']} (seed {row['seed']}): diverged")
+    body |= {"summary": means, "orderings": held, "refused": refused, "rows": rows}
     picture.draw(rows, IMAGES / f"faithful{suffix}.png")
     print(f"wrote {write(f'faithful{suffix}.json', body)}")
 

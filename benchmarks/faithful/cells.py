@@ -18,6 +18,7 @@ from mlflow_kdguard import data, distill
 from mlflow_kdguard.certify import certify
 from mlflow_kdguard.config import CertifySection, DistillSection, ExportSection, TeachSection
 from mlflow_kdguard.data import Dataset
+from mlflow_kdguard.errors import ExportError
 from mlflow_kdguard.export import to_onnx
 from mlflow_kdguard.files import digest_json, write_json
 from mlflow_kdguard.measure import Session
@@ -26,7 +27,7 @@ from mlflow_kdguard.nets.architecture import Architecture
 from mlflow_kdguard.teach import teach
 
 CPU = torch.device("cpu")
-ONNX, DONE = "model.onnx", "done.json"
+ONNX, DONE, REFUSED = "model.onnx", "done.json", "refused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,10 +142,19 @@ class Cells:
         if not (folder / DONE).exists():
             folder.mkdir(parents=True, exist_ok=True)
             began = _seconds()
-            make(folder)
+            notes = {"inputs": inputs}
+            try:
+                make(folder)
+            except ExportError as error:
+                notes[REFUSED] = error.message
             (folder / "checkpoint").unlink(missing_ok=True)
-            write_json(folder / DONE, {"inputs": inputs, "cpu_seconds": _seconds() - began})
+            write_json(folder / DONE, {**notes, "cpu_seconds": _seconds() - began})
         return folder
+
+    def refused(self, net: Path) -> str | None:
+        """Why the network could not be exported: diverged ones have weights beyond float32."""
+        why: str | None = json.loads((net / DONE).read_text()).get(REFUSED)
+        return why
 
 
 def _seconds() -> float:

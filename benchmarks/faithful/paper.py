@@ -22,13 +22,32 @@ class Place:
     seed: int
 
 
-def run(spec: Mapping[str, Any], folder: Path, *, quick: bool) -> list[dict[str, Any]]:
-    """Make or find every cell; one row for each student, radius and bound."""
+Rows = list[dict[str, Any]]
+
+
+def run(spec: Mapping[str, Any], folder: Path, *, quick: bool) -> tuple[Rows, Rows]:
+    """Make or find every cell; one row for each student, radius and bound.
+
+    And one for each student that diverged so far that it cannot be exported, with the reason.
+    """
     spec = _quick(spec) if quick else spec
-    rows = []
+    rows, refused = [], []
     for place, cells, told in _places(spec, folder):
-        rows += _rows(place, cells, told, spec)
-    return rows
+        teacher = cells.teacher(told["teach"], place.seed)
+        student = cells.student(told["distill"], teacher, place.seed)
+        why = cells.refused(student)
+        if why is None:
+            rows += _rows(place, cells, (teacher, student), told["eps"], spec)
+        else:
+            refused.append({**_named(place), "refused": why})
+    return rows, refused
+
+
+def _named(place: Place) -> dict[str, Any]:
+    return {
+        "set": place.images, "teacher": place.teacher, "student": place.student,
+        "seed": place.seed,
+    }  # fmt: skip
 
 
 def _quick(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,20 +78,22 @@ def _places(spec: Mapping[str, Any], folder: Path) -> Iterator[tuple[Place, Cell
 
 
 def _rows(
-    place: Place, cells: Cells, told: Mapping[str, Any], spec: Mapping[str, Any]
+    place: Place,
+    cells: Cells,
+    pair: tuple[Path, Path],
+    radii: list[float],
+    spec: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    teacher = cells.teacher(told["teach"], place.seed)
-    student = cells.student(told["distill"], teacher, place.seed)
+    teacher, student = pair
     accuracy = {
         "teacher_accuracy": cells.accuracy(teacher, "test"),
         "student_accuracy": cells.accuracy(student, "test"),
     }
-    for eps in told["eps"]:
+    for eps in radii:
         for bound in _bounds(spec, place.student):
             found = cells.bounds(teacher, student, {**bound, "eps": eps, "classes": "top"}, "test")
             yield {
-                "set": place.images, "teacher": place.teacher, "student": place.student,
-                "seed": place.seed, "eps": eps, "method": bound["method"], **accuracy,
+                **_named(place), "eps": eps, "method": bound["method"], **accuracy,
                 **{key: found[key] for key in ("n", "lower", "upper", "control")},
             }  # fmt: skip
 

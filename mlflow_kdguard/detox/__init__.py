@@ -166,7 +166,7 @@ def _check_suspects(suspects: tuple[int, ...], classes: int, chain: tuple[str, .
     if not suspects and NEEDING & set(chain):
         raise ConfigError(
             "the detox chain works on suspect classes, and there are none.",
-            remedy="Set detox.suspects to auto, or take unlearn and margin_cap out of the chain.",
+            remedy=f"Set detox.suspects to auto, or take out {', '.join(sorted(NEEDING))}.",
         )
 
 

@@ -13,6 +13,7 @@ The graph holds constant 0/1 selection matrices and binary max/min only, since t
 bound knows; sums with exact zeros leave the selected logits unrounded.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 
@@ -57,6 +58,7 @@ class Largest(nn.Module):
 class MarginCap(nn.Module):
     """R of P, D and T: N×C×H×W pixels -> N×K logits."""
 
+    name = NAME
     pick: Tensor
     place: Tensor
     others: Tensor
@@ -68,9 +70,9 @@ class MarginCap(nn.Module):
         rest = tuple(label for label in range(classes) if label not in suspects)
         if not suspects or not rest or not set(suspects) <= set(range(classes)):
             raise ConfigError(
-                f"margin_cap needs suspects among the classes 0..{classes - 1}, and at least one "
+                f"{self.name} needs suspects among the classes 0..{classes - 1}, and at least one "
                 f"class that is none; given: {suspects}.",
-                remedy="Name the suspects (detox.suspects), or leave margin_cap out of the chain.",
+                remedy=f"Name the suspects (detox.suspects), or leave out {self.name}.",
             )
         self.teacher = teacher
         self.copy = copy
@@ -110,10 +112,18 @@ def combine(
 
 def cleanse(state: State, work: Work) -> State:
     """Combine raw teacher and detoxed copy into the reference."""
+    return combined(state, work, NAME, combine)
+
+
+Combination = Callable[[nn.Module, nn.Module, tuple[int, ...], int], nn.Module]
+
+
+def combined(state: State, work: Work, name: str, combine: Combination) -> State:
+    """The state whose reference is made of the raw teacher and the copy as it is."""
     own = deepcopy(state.teacher), deepcopy(state.copy)
     reference = combine(*own, state.suspects, state.train.classes).requires_grad_(False)
     record = StepRecord(
-        name=NAME,
+        name=name,
         outcome="kept",
         kept_at=0,
         steps=0,

@@ -4,7 +4,7 @@ from mlflow_kdguard.config import DetoxSection
 from mlflow_kdguard.errors import ConfigError
 from mlflow_kdguard.records import AuditReport
 
-NEEDING = frozenset({"unlearn", "margin_cap"})
+NEEDING = frozenset({"unlearn", "margin_cap", "margin_swap"})
 """Rows of the chain that work on suspect classes."""
 
 

@@ -15,6 +15,7 @@ from mlflow_kdguard import detox, export, extensions, graph
 from mlflow_kdguard.config import DetoxSection, ExportSection
 from mlflow_kdguard.data import Dataset
 from mlflow_kdguard.detox.margin_cap import MarginCap
+from mlflow_kdguard.detox.margin_swap import MarginSwap
 
 CPU = torch.device("cpu")
 K = 5
@@ -27,10 +28,12 @@ SUSPECTS = st.sets(st.integers(0, K - 1), min_size=1, max_size=K - 1).map(
 )
 
 
-def capped(logits: np.ndarray, suspects: tuple[int, ...]) -> tuple[np.ndarray, list[int]]:
+def capped(
+    logits: np.ndarray, suspects: tuple[int, ...], kind: type[MarginCap] = MarginCap
+) -> tuple[np.ndarray, list[int]]:
     """R by the module, in float64, and the classes that are no suspects."""
     unused = torch.nn.Identity()
-    module = MarginCap(unused, unused, suspects, K).double()
+    module = kind(unused, unused, suspects, K).double()
     raw, detoxed = torch.from_numpy(logits)
     rest = [label for label in range(K) if label not in suspects]
     return module.cap(raw, detoxed).numpy(), rest
@@ -77,6 +80,27 @@ def test_a_suspect_wins_only_where_teacher_and_copy_both_put_it_above_the_others
                 assert f[row, winner] >= f[row, rest].max()
 
 
+@given(LOGITS, SUSPECTS)
+def test_swapped_margins_are_the_copys_exactly_and_the_others_the_raw_teachers(
+    logits: np.ndarray, suspects: tuple[int, ...]
+) -> None:
+    (p, d), (r, rest) = logits, capped(logits, suspects, MarginSwap)
+    np.testing.assert_array_equal(r[:, rest], p[:, rest])
+    for t in suspects:
+        there, here = (f[:, t] - f[:, rest].max(1) for f in (d, r))
+        np.testing.assert_array_equal(there, here)
+
+
+@given(LOGITS, LOGITS, SUSPECTS)
+def test_what_the_raw_teacher_says_of_a_suspect_reaches_no_swapped_logit(
+    logits: np.ndarray, others: np.ndarray, suspects: tuple[int, ...]
+) -> None:
+    told = logits.copy()
+    told[0][:, list(suspects)] = others[0][:, list(suspects)]
+    r, s = (capped(each, suspects, MarginSwap)[0] for each in (logits, told))
+    np.testing.assert_array_equal(r, s)
+
+
 def test_float32_keeps_the_other_logits_bit_for_bit() -> None:
     x = torch.from_numpy(toys.images(30))
     teacher, copy = toys.cnn(), toys.cnn(seed=5)
@@ -94,11 +118,15 @@ def digits(n: int) -> Dataset:
 
 @pytest.mark.parametrize("arch", toys.ARCHES)
 @pytest.mark.parametrize("preset", ["reference", "paper"])
+@pytest.mark.parametrize("last", ["margin_cap", "margin_swap"])
 def test_the_reference_of_the_whole_chain_exports_as_it_is(
-    arch: str, preset: str, tmp_path: Path
+    arch: str, preset: str, last: str, tmp_path: Path
 ) -> None:
     data = digits(120)
-    config = DetoxSection(preset=preset, mask_steps=3, unlearn_steps=3, max_drop=1.0, batch=16)
+    config = DetoxSection(
+        chain=("variance_mask", "unlearn", last), preset=preset, mask_steps=3, unlearn_steps=3,
+        max_drop=1.0, batch=16,
+    )  # fmt: skip
     made = detox.cleanse(toys.net(arch), data, suspects=(1, 6), config=config, seed=0, device=CPU)
     path = tmp_path / "reference.onnx"
     export.to_onnx(

@@ -13,6 +13,7 @@ from benchmarks.faithful.__main__ import only
 from benchmarks.faithful.cells import Cells, Sets
 from benchmarks.faithful.verifiable import CROSSED, verdict
 from mlflow_kdguard import graph
+from mlflow_kdguard.errors import ExportError
 
 PAIR = toys.onnx_tiny(seed=1), toys.onnx_tiny(seed=2)
 SPEC = yaml.safe_load((Path(paper.__file__).parent / "paper.yaml").read_text())
@@ -103,3 +104,30 @@ def test_a_part_of_the_comparison_is_what_was_named() -> None:
     assert part["sets"] == SPEC["sets"]
     with pytest.raises(SystemExit, match="no students KD; known: SD, ARD"):
         only(SPEC, "students", ["KD"])
+
+
+def test_a_student_that_cannot_be_exported_is_a_row_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that diverged; it is not trained again, and nothing is bounded."""
+    place = Cells(tmp_path, Sets("a", "b", "c"))
+    made: list[Path] = []
+
+    def diverged(folder: Path) -> None:
+        made.append(folder)
+        raise ExportError("the weights are too large.")
+
+    def network(_: Cells, told: Any, *rest: Any) -> Path:
+        return place._network("student", {"told": told, "to": len(rest)}, rest[-1], diverged)
+
+    monkeypatch.setattr(Cells, "teacher", network)
+    monkeypatch.setattr(Cells, "student", network)
+    spec = only(only(only(SPEC, "students", ["FD"]), "teachers", ["plain"]), "sets", ["mnist5k"])
+    for _ in range(2):
+        rows, refused = paper.run({**spec, "seeds": [4]}, tmp_path, quick=False)
+    assert rows == []
+    assert refused == [{
+        "set": "mnist5k", "teacher": "plain", "student": "FD", "seed": 4,
+        "refused": "the weights are too large.",
+    }]  # fmt: skip
+    assert len(made) == 2

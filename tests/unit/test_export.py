@@ -50,6 +50,19 @@ def test_the_file_is_what_the_record_says(tmp_path: Path) -> None:
     assert not any(text in data for text in (b"/tmp", b"/work", b"0x7", b".py"))
 
 
+def test_weights_beyond_float32_are_told_from_an_export_that_went_wrong(tmp_path: Path) -> None:
+    """What a diverged network looks like: large terms that cancel, and logits of ordinary size."""
+    net = toys.net("mlp:8")
+    first, last = (module for module in net.modules() if isinstance(module, nn.Linear))
+    with torch.no_grad():
+        first.bias.fill_(3e5)
+        last.weight[:, 4:] = -last.weight[:, :4]
+    with pytest.raises(ExportError, match="exact arithmetic disagree") as caught:
+        exported(net, tmp_path / "net.onnx")
+    assert "too large for float32" in caught.value.remedy
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_values_outside_the_pixels_give_what_their_clipped_form_gives(tmp_path: Path) -> None:
     class Bare(nn.Module):
         """A network that does not clip by itself."""
