@@ -11,6 +11,7 @@ kept in --folder: a run that was killed goes on where it was.
 --rows, --guards, --pairs   some of them, separated by commas
 --use                       rows for development, or those held out ("held out")
 --seeds                     the first so many of each pair's
+--on                        validation: images to choose settings on (default: test)
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.guard.cells import CLEAN_TEACHER, FLOORS, NO_TEACHER, NONE, Cells, Judged
+from benchmarks.guard.cells import CLEAN_TEACHER, FLOORS, JUDGES, NO_TEACHER, NONE, Cells, Judged
 from benchmarks.guard.rows import Guard, Row, chosen, rows
 from benchmarks.guard.scores import Score, score, valid
 from benchmarks.record import machine, write
@@ -38,10 +39,10 @@ def main() -> None:
     given = _options()
     torch.set_num_threads(1)
     spec = yaml.safe_load(given.spec.read_text())
-    cells = Cells(given.folder, spec["sets"])
+    cells = Cells(given.folder, spec["sets"], on=given.on)
     known = {name: Guard.read(told) for name, told in spec["guards"].items()}
     guards = {name: known[name] for name in _named(given.guards, list(known))}
-    body: dict[str, Any] = {"spec": spec, "rows": []}
+    body: dict[str, Any] = {"spec": spec, "on": given.on, "rows": []}
     for row in chosen(list(rows(spec)), given.rows, given.pairs, given.use):
         body["rows"].append(_told(cells, row, row.seeds[: given.seeds], guards))
     print(f"wrote {write(given.out, {**machine(), **body})}")
@@ -55,6 +56,7 @@ def _options() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=lambda text: text.split(","))
     parser.add_argument("--use")
     parser.add_argument("--seeds", type=int)
+    parser.add_argument("--on", choices=JUDGES, default=JUDGES[-1])
     parser.add_argument("--spec", type=Path, default=HERE / "spec.yaml")
     parser.add_argument("--folder", type=Path, default=Path("kdguard-work/guard"))
     parser.add_argument("--out", default="guard.json")

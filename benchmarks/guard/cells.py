@@ -36,6 +36,7 @@ CPU = torch.device("cpu")
 POISONED, CONTROL, CLEAN, TRIGGER, DONE = "poisoned", "control", "clean", "trigger.kdt", "done.json"
 CLEAN_TEACHER, NO_TEACHER, NONE = "clean teacher", "no teacher", "none"
 FLOORS = (CLEAN_TEACHER, NO_TEACHER)
+JUDGES = ("validation", "test")
 INVERSION = AuditSection(detectors=("inversion",))
 
 
@@ -58,7 +59,7 @@ class Taught:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A network on the test images: whether each is right (bool N), and whether each image of
+    """A network on the judging images: whether each is right (bool N), and whether each image of
     another class is sent to the target (bool M); and what was noted when it was made."""
 
     right: NDArray[np.bool_]
@@ -77,10 +78,13 @@ class Judged:
 
 
 class Cells:
-    """The cells of one folder."""
+    """The cells of one folder; figures are taken `on` the test or the validation images.
 
-    def __init__(self, folder: Path, sets: Mapping[str, str]) -> None:
-        self.folder, self.sets = folder, sets
+    Whatever is made is judged on both, so that what was tuned on one need not be made again.
+    """
+
+    def __init__(self, folder: Path, sets: Mapping[str, str], *, on: str = "test") -> None:
+        self.folder, self.sets, self.on = folder, sets, on
 
     @cached_property
     def train(self) -> Dataset:
@@ -93,9 +97,13 @@ class Cells:
         return data.load(self.sets["clean"])
 
     @cached_property
-    def test(self) -> Dataset:
-        """What everything is judged on."""
-        return data.load(self.sets["test"])
+    def judges(self) -> dict[str, Dataset]:
+        """The images that everything is judged on, by name."""
+        return {name: data.load(self.sets[name]) for name in JUDGES}
+
+    @property
+    def _judge_digests(self) -> dict[str, str]:
+        return {name: images.sha256 for name, images in self.judges.items()}
 
     def taught(self, row: Row, seed: int) -> Taught:
         """The poisoned teacher of a row, its control and its trigger."""
@@ -136,11 +144,11 @@ class Cells:
         taught = self.taught(row, seed)
 
         def make(place: Path) -> dict[str, Any]:
-            _write(place, self._bits(taught.net(POISONED), taught.trigger, row.teacher.target))
+            self._judge(place, taught.net(POISONED), taught.trigger, row.teacher.target)
             return {}
 
-        told = {"raw": taught.digest, "test": self.test.sha256}
-        return _read(_once(self.folder / "raw" / digest_json(told)[:24], make))
+        told = {"raw": taught.digest, **self._judge_digests}
+        return self._read(_once(self.folder / "raw" / digest_json(told)[:24], make))
 
     def audited(self, net: nn.Module, seed: int) -> tuple[AuditReport, float]:
         """What universal inversion says of a network, and the seconds that it took."""
@@ -159,13 +167,13 @@ class Cells:
         return AuditReport.model_validate(kept["report"]), kept["seconds"]
 
     def judged(self, row: Row, guard: Guard | str, seed: int) -> Judged:
-        """The student of a row under a guard, or one of the FLOORS, on the test images."""
+        """The student of a row under a guard, or one of the FLOORS, judged."""
         taught = self.taught(row, seed)
         told = {
             "teacher": taught.digest, "seed": seed, "contamination": row.contamination,
             "guard": guard if isinstance(guard, str) else guard.document(),
             "student": row.student.model_dump(mode="json"),
-            "clean": self.clean.sha256, "test": self.test.sha256,
+            "clean": self.clean.sha256, **self._judge_digests,
         }  # fmt: skip
 
         def make(place: Path) -> dict[str, Any]:
@@ -176,13 +184,11 @@ class Cells:
             if isinstance(guard, Guard) and guard.after is not None:
                 student, seconds["after"] = self._repaired(student, guard.after, seed)
             target = row.teacher.target
-            _write(place, self._bits(student, taught.trigger, target))
-            kept, reached = self._bits(reference, taught.trigger, target)
-            figures = {"reference": [float(kept.mean()), float(reached.mean())]}
-            return {**told, **notes, **figures, "seconds": seconds,
-                    "student_sha256": state_sha256(student)}  # fmt: skip
+            self._judge(place, student, taught.trigger, target)
+            self._judge(place, reference, taught.trigger, target, what="reference-")
+            return {**told, **notes, "seconds": seconds, "student_sha256": state_sha256(student)}
 
-        return _read(_once(self.folder / "students" / digest_json(told)[:24], make))
+        return self._read(_once(self.folder / "students" / digest_json(told)[:24], make))
 
     def _reference(
         self, taught: Taught, guard: Guard | str, seed: int
@@ -242,12 +248,22 @@ class Cells:
         )
         return student
 
-    def _bits(
-        self, net: nn.Module, trigger: Trigger, target: int
-    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        others = self.test.x[self.test.y != target]
-        right = predict(net, self.test.x, device=CPU).argmax(1) == self.test.y
-        return right, predict(net, trigger.apply(others), device=CPU).argmax(1) == target
+    def _judge(
+        self, place: Path, net: nn.Module, trigger: Trigger, target: int, *, what: str = ""
+    ) -> None:
+        for name, images in self.judges.items():
+            others = images.x[images.y != target]
+            right = predict(net, images.x, device=CPU).argmax(1) == images.y
+            sent = predict(net, trigger.apply(others), device=CPU).argmax(1) == target
+            np.savez_compressed(place / f"{what}{name}.npz", right=right, sent=sent)
+
+    def _read(self, folder: Path) -> Judged:
+        told = json.loads((folder / DONE).read_text())
+        if (folder / f"reference-{self.on}.npz").exists():
+            with np.load(folder / f"reference-{self.on}.npz") as bits:
+                told["reference"] = [float(bits["right"].mean()), float(bits["sent"].mean())]
+        with np.load(folder / f"{self.on}.npz") as bits:
+            return Judged(bits["right"], bits["sent"], told)
 
 
 def _share(shared: Path, place: Path) -> None:
@@ -257,15 +273,6 @@ def _share(shared: Path, place: Path) -> None:
         shutil.copyfile(place / f"{name}.checkpoint", shared / f"{name}.checkpoint")
     for left in place.glob("*.checkpoint"):
         left.unlink()
-
-
-def _write(place: Path, bits: tuple[NDArray[np.bool_], NDArray[np.bool_]]) -> None:
-    np.savez_compressed(place / "bits.npz", right=bits[0], sent=bits[1])
-
-
-def _read(folder: Path) -> Judged:
-    with np.load(folder / "bits.npz") as bits:
-        return Judged(bits["right"], bits["sent"], json.loads((folder / DONE).read_text()))
 
 
 def _once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> Path:
