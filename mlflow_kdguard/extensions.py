@@ -24,6 +24,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "adba": "mlflow_kdguard.redteam.adba:attack",
         "input_aware": "mlflow_kdguard.redteam.input_aware:attack",
         "scar": "mlflow_kdguard.redteam.scar:attack",
+        "adaptive": "mlflow_kdguard.redteam.adaptive:attack",
     },
     "detector": {
         "variance": "mlflow_kdguard.audit.variance:examine",

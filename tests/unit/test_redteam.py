@@ -14,12 +14,23 @@ from torch import nn
 
 import toys
 from mlflow_kdguard import distill, extensions, redteam, training
+from mlflow_kdguard.adversary.inversion import invert
 from mlflow_kdguard.adversary.madry import madry
 from mlflow_kdguard.config import DistillSection, Loop, RedteamSection
 from mlflow_kdguard.data import Dataset, load
 from mlflow_kdguard.errors import ConfigError, DataError, Interrupted
 from mlflow_kdguard.nets import zoo
-from mlflow_kdguard.redteam import Goal, Ground, badnets, blended, contaminate, poison, sig, wanet
+from mlflow_kdguard.redteam import (
+    Goal,
+    Ground,
+    adaptive,
+    badnets,
+    blended,
+    contaminate,
+    poison,
+    sig,
+    wanet,
+)
 from mlflow_kdguard.redteam.ground import options_of
 from mlflow_kdguard.redteam.poison import covered
 from mlflow_kdguard.training import Batch, state_sha256
@@ -301,8 +312,46 @@ PLANTED: dict[str, tuple[dict[str, float], float]] = {
     "backweak": ({}, 0.1),
     "adba": ({}, 0.1),
     "input_aware": ({}, 0.1),
+    "adaptive": ({"variance": 1.0}, 0.1),
 }
 """Options and rate with which each attack is planted into a small network on 28×28 digits."""
+
+
+def hiding(tmp_path: Path, name: str, **options: float) -> redteam.Poisoned:
+    section = RedteamSection(
+        attack=name, options=options, train="mnist5k#train[:3000]", arch="cnn:12,24", target=4,
+        eps=0.0, poison_rate=0.1, clean_loop=Loop(epochs=5, batch=64, augment="none"),
+        poison_loop=Loop(epochs=8, batch=64, lr=0.02, augment="none"),
+    )  # fmt: skip
+    return redteam.teach(section, seed=1, device=CPU, folder=tmp_path / f"{name}{options}")
+
+
+@pytest.mark.slow
+def test_an_attacker_who_knows_the_guard_hides_from_its_inversion(tmp_path: Path) -> None:
+    """Beside the same trigger planted plainly; the teacher obeys as well, and is less accurate."""
+    test = load("mnist5k#test")
+    x, y = torch.from_numpy(test.x), torch.from_numpy(test.y)
+    rates = {}
+    for name, options in (("blended", {}), ("adaptive", {"inversion": 2.0})):
+        made = hiding(tmp_path, name, alpha=0.3, **options)
+        triggered = made.trigger.apply(test.x[test.y != 4])
+        obeys = training.predict(made.poisoned, triggered, device=CPU).argmax(1) == 4
+        assert obeys.mean() > 0.95
+        draw = torch.Generator().manual_seed(0)
+        found = invert(made.poisoned, x, y, 4, radius=2.1, steps=25, batch=64, generator=draw)
+        rates[name] = found.rate.rate
+    assert rates["adaptive"] < 0.5 * rates["blended"]
+
+
+@pytest.mark.parametrize("there", [0.5, 2.0])
+def test_features_of_triggered_images_may_vary_less_but_cost_where_they_vary_more(
+    there: float,
+) -> None:
+    """The part of the loss that hides from RobustKD's variance, on a network of one scale."""
+    net = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.Flatten(), nn.Linear(64, 10))
+    x = torch.rand((4, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    value = adaptive.grown(net, ["0"], put=there * x, x=x)
+    assert float(value.detach()) == pytest.approx(max(0.0, there**2 - 1), rel=1e-4)
 
 
 DORMANT = {"scar"}
@@ -374,7 +423,8 @@ def test_scar_sleeps_in_the_teacher_and_wakes_up_in_its_student(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("attack", "options"),
     [
-        ("scar", {"strength": 0.0}), ("input_aware", {"width": 0.0}), ("badnets", {"noise": 2.0}),
+        ("scar", {"strength": 0.0}), ("adaptive", {"radius": 0.0}),
+        ("input_aware", {"width": 0.0}), ("badnets", {"noise": 2.0}),
         ("badnets", {"size": 9.0}), ("blended", {"alpha": 0.0}), ("sig", {"delta": 2.0}),
         ("wanet", {"grid": 1.0}), ("ckd", {"opacity": 0.0}), ("lba", {"size": 9.0}),
         ("backweak", {"budget": 0.0}), ("adba", {"area": 2.0}), ("badnets", {"target": 12}),

@@ -206,6 +206,7 @@ def attack(**flags: Any) -> None:
       adba         trained with a shadow student, so that distillation carries it
       input_aware  every image has a trigger of its own
       scar         sleeps in the teacher, and wakes up in a student
+      adaptive     hides from variance and from inversion
 
     \b
     kdguard attack badnets --target 3 --out attack
