@@ -12,6 +12,7 @@ kept in --folder: a run that was killed goes on where it was.
 --use                       rows for development, or those held out ("held out")
 --seeds                     the first so many of each pair's
 --on                        validation: images to choose settings on (default: test)
+--picture FILE              lifts of the valid rows, drawn
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.guard import picture
 from benchmarks.guard.cells import CLEAN_TEACHER, FLOORS, JUDGES, NO_TEACHER, NONE, Cells, Judged
 from benchmarks.guard.rows import Guard, Row, chosen, rows
 from benchmarks.guard.scores import Score, score, valid
@@ -46,6 +48,9 @@ def main() -> None:
     for row in chosen(list(rows(spec)), given.rows, given.pairs, given.use):
         body["rows"].append(_told(cells, row, row.seeds[: given.seeds], guards))
     print(f"wrote {write(given.out, {**machine(), **body})}")
+    if given.picture is not None:
+        picture.draw(body["rows"], given.picture)
+        print(f"wrote {given.picture}")
 
 
 def _options() -> argparse.Namespace:
@@ -60,6 +65,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--spec", type=Path, default=HERE / "spec.yaml")
     parser.add_argument("--folder", type=Path, default=Path("kdguard-work/guard"))
     parser.add_argument("--out", default="guard.json")
+    parser.add_argument("--picture", type=Path)
     return parser.parse_args()
 
 
