@@ -25,7 +25,7 @@ def drawn(seed: int, count: int, classes: int, side: int) -> dict[str, dict[str,
         kind = list(_KINDS)[number % len(_KINDS)]
         attack, options = _KINDS[kind](draw, side)
         target = targets[number % len(targets)]
-        found[f"{kind}-{number + 1}"] = {
+        found[f"new-{kind}-{number + 1}"] = {
             "attack": attack, "target": target, "contamination": CONTAMINATION,
             "options": {name: round(float(value), 4) for name, value in options.items()},
         }  # fmt: skip

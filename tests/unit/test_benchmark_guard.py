@@ -96,7 +96,8 @@ def test_development_and_held_out_rows_are_told_apart() -> None:
     made = list(rows(spec))
     uses = {row.name: row.use for row in made}
     assert uses["badnets"] == "development"
-    assert {uses[name] for name in uses if name[-1].isdigit()} == {HELD_OUT}
+    assert {uses[name] for name in uses if name not in SPEC["rows"]} == {HELD_OUT}
+    assert len(uses) == len(SPEC["rows"]) + 2
     assert {row.name for row in chosen(made, None, ["cnn"], HELD_OUT)} >= {"wanet", "backweak"}
     assert [row.name for row in chosen(made, ["sig"], ["cnn"], None)] == ["sig"]
     for asked in ((["sgi"], None, None), (None, ["rnn"], None), (None, None, "test")):
