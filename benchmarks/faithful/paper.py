@@ -166,12 +166,12 @@ _STATEMENTS: dict[str, Any] = {
 def table(spec: Mapping[str, Any], found: list[dict[str, Any]]) -> str:
     """All of it as text."""
     lines = [
-        "set            teacher  eps    bound   student        acc T  acc S  EmpLB        FaithUB"
+        "set            teacher  eps    bound   student        acc T  acc S  EmpLB          FaithUB"
     ]
     lines += [
         f"{row['set']:14} {row['teacher']:7} {row['eps']:6g} {row['method']:7} "
         f"{row['student']:14} {row['teacher_accuracy']:.3f}  {row['student_accuracy']:.3f}  "
-        f"{_with(row, 'lower'):13}{_with(row, 'upper')}"
+        f"{_with(row, 'lower'):15}{_with(row, 'upper')}"
         for row in found
     ]
     empty = [name for name, given in spec["sets"].items() if given is None]
