@@ -23,7 +23,6 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "backweak": "mlflow_kdguard.redteam.backweak:attack",
         "adba": "mlflow_kdguard.redteam.adba:attack",
         "input_aware": "mlflow_kdguard.redteam.input_aware:attack",
-        "scar": "mlflow_kdguard.redteam.scar:attack",
         "adaptive": "mlflow_kdguard.redteam.adaptive:attack",
     },
     "detector": {

@@ -205,7 +205,6 @@ def attack(**flags: Any) -> None:
       backweak     a pattern too weak to be seen
       adba         trained with a shadow student, so that distillation carries it
       input_aware  every image has a trigger of its own
-      scar         sleeps in the teacher, and wakes up in a student
       adaptive     hides from variance and from inversion
 
     \b
