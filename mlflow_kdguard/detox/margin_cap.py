@@ -102,20 +102,29 @@ def selection(columns: list[int], width: int) -> Tensor:
     return matrix
 
 
-def combine(
-    teacher: nn.Module, copy: nn.Module, suspects: tuple[int, ...], classes: int
-) -> nn.Module:
-    """The reference that this row makes of a teacher and its detoxed copy."""
-    cap = MarginCap(teacher, copy, suspects, classes)
-    return cap.to(next(teacher.parameters()).device).eval()
+Combination = Callable[[nn.Module, nn.Module, tuple[int, ...], int], nn.Module]
+"""From a teacher, its detoxed copy, the suspects and the number of classes to a reference."""
+
+
+def combination(kind: type[MarginCap]) -> Combination:
+    """The reference of one kind, where the teacher is."""
+
+    def combine(
+        teacher: nn.Module, copy: nn.Module, suspects: tuple[int, ...], classes: int
+    ) -> nn.Module:
+        reference = kind(teacher, copy, suspects, classes)
+        return reference.to(next(teacher.parameters()).device).eval()
+
+    return combine
+
+
+combine = combination(MarginCap)
+"""The reference that this row makes of a teacher and its detoxed copy."""
 
 
 def cleanse(state: State, work: Work) -> State:
     """Combine raw teacher and detoxed copy into the reference."""
     return combined(state, work, NAME, combine)
-
-
-Combination = Callable[[nn.Module, nn.Module, tuple[int, ...], int], nn.Module]
 
 
 def combined(state: State, work: Work, name: str, combine: Combination) -> State:

@@ -13,9 +13,9 @@ images of other classes, where it tells a student, image by image, how much of t
 The graph is that of `margin_cap` without its minimum.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from mlflow_kdguard.detox.margin_cap import MarginCap, combined
+from mlflow_kdguard.detox.margin_cap import MarginCap, combination, combined
 from mlflow_kdguard.detox.state import State, Work
 
 NAME = "margin_swap"
@@ -33,12 +33,8 @@ class MarginSwap(MarginCap):
         return raw @ self.others + swapped
 
 
-def combine(
-    teacher: nn.Module, copy: nn.Module, suspects: tuple[int, ...], classes: int
-) -> nn.Module:
-    """The reference that this row makes of a teacher and its detoxed copy."""
-    swap = MarginSwap(teacher, copy, suspects, classes)
-    return swap.to(next(teacher.parameters()).device).eval()
+combine = combination(MarginSwap)
+"""The reference that this row makes of a teacher and its detoxed copy."""
 
 
 def cleanse(state: State, work: Work) -> State:
