@@ -4,6 +4,7 @@ A cell's notes are written last, so that a run that was killed repeats the cell 
 """
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -270,7 +271,9 @@ def _share(shared: Path, place: Path) -> None:
     """Keep the clean teachers' checkpoints for other attacks, and none beside."""
     shared.mkdir(parents=True, exist_ok=True)
     for name in (CLEAN, CONTROL):
-        shutil.copyfile(place / f"{name}.checkpoint", shared / f"{name}.checkpoint")
+        half = shared / f"{name}.checkpoint.{os.getpid()}"
+        shutil.copyfile(place / f"{name}.checkpoint", half)
+        half.replace(shared / f"{name}.checkpoint")  # another process may be reading it
     for left in place.glob("*.checkpoint"):
         left.unlink()
 
