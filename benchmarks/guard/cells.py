@@ -201,7 +201,7 @@ class Cells:
         report, seconds = None, 0.0
         if NEEDING & set(guard.detox.chain):
             report, seconds = self.audited(teacher, seed)
-        suspects, source = choose(guard.detox, report)
+        suspects, source = choose(guard.detox, report, classes=self.clean.classes)
         began = time.process_time()
         done = cleanse(
             teacher, self.clean, suspects=suspects, suspects_from=source, config=guard.detox,
@@ -219,7 +219,7 @@ class Cells:
     ) -> tuple[nn.Module, float]:
         """The student after a chain of its own, and the seconds that it took."""
         report, spent = self.audited(student, seed) if NEEDING & set(detox.chain) else (None, 0.0)
-        suspects, _ = choose(detox, report)
+        suspects, _ = choose(detox, report, classes=self.clean.classes)
         began = time.process_time()
         done = cleanse(student, self.clean, suspects=suspects, config=detox, seed=seed, device=CPU)
         return done.reference, spent + time.process_time() - began

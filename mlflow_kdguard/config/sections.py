@@ -141,7 +141,7 @@ class DetoxSection(Section):
     chain: tuple[str, ...] = Field(
         ("variance_mask", "unlearn", "margin_cap"), description="detox table rows, in order"
     )
-    suspects: tuple[int, ...] | Literal["auto"] = Field("auto", description="classes to unlearn")
+    suspects: tuple[int, ...] | Literal["auto", "all"] = Field("auto", description="to unlearn")
     max_drop: Share = Field(0.02, description="largest loss of clean validation accuracy")
     validation: Share = Field(0.2, description="share of the clean set kept for validation")
     layers: tuple[str, ...] | Literal["auto"] = Field("auto", description="tapped layers")

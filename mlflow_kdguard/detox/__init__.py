@@ -171,7 +171,14 @@ def _check_suspects(suspects: tuple[int, ...], classes: int, chain: tuple[str, .
 
 
 def _tell(step: StepRecord) -> None:
-    if step.outcome != "kept":
+    if step.outcome == "past the limit":
+        _log.warning(
+            "detox step %s ended past the limit, at a clean accuracy of %.3f, and stays: give it "
+            "more clean images, or a lower detox.unlearn_lr",
+            step.name,
+            step.reference.rate,
+        )
+    elif step.outcome != "kept":
         _log.warning(
             "detox step %s was %s (%d of %d steps): clean accuracy fell past the limit",
             step.name,

@@ -58,8 +58,12 @@ class _Course:
     good: Snapshot | None = None
 
 
-def drive(routine: Routine, state: State, work: Work, judge: Callable[[], Rate]) -> Kept:
+def drive(
+    routine: Routine, state: State, work: Work, judge: Callable[[], Rate], *, undo: bool = True
+) -> Kept:
     """Run all steps, then leave the module in its last state whose reference met the limit.
+
+    Without `undo` the module stays as it ends, and what is returned says which it is.
 
     Deterministic in seed and inputs; a run that is started again with the same ones goes on from
     its checkpoint in `work.folder`, or, finished, repeats nothing. `judge` is the resulting
@@ -83,7 +87,7 @@ def drive(routine: Routine, state: State, work: Work, judge: Callable[[], Rate])
                 keeper.save(_saved(routine, course))
         if fresh:
             keeper.save(_saved(routine, course))
-    return _settle(routine, course)
+    return _settle(routine, course, undo=undo)
 
 
 def _advance(routine: Routine, course: _Course, batches: Batches, seed: int) -> Tensor:
@@ -116,11 +120,13 @@ def _check(routine: Routine, loss: Tensor, done: int) -> None:
         )
 
 
-def _settle(routine: Routine, course: _Course) -> Kept:
-    if course.good is None:
-        return Kept("kept" if not routine.steps else "undone", 0)
-    if course.good_at == course.done:
+def _settle(routine: Routine, course: _Course, *, undo: bool) -> Kept:
+    if not routine.steps or course.good_at == course.done:
         return Kept("kept", course.done)
+    if not undo:
+        return Kept("past the limit", course.done)
+    if course.good is None:
+        return Kept("undone", 0)
     routine.module.load_state_dict(course.good)
     return Kept("rolled back", course.good_at)
 

@@ -107,12 +107,16 @@ Combination = Callable[[nn.Module, nn.Module, tuple[int, ...], int], nn.Module]
 
 
 def combination(kind: type[MarginCap]) -> Combination:
-    """The reference of one kind, where the teacher is."""
+    """The reference of one kind, where the teacher is.
+
+    Where every class is a suspect nothing that the raw teacher says may be read: R is D.
+    """
 
     def combine(
         teacher: nn.Module, copy: nn.Module, suspects: tuple[int, ...], classes: int
     ) -> nn.Module:
-        reference = kind(teacher, copy, suspects, classes)
+        every = len(suspects) == classes
+        reference = copy if every else kind(teacher, copy, suspects, classes)
         return reference.to(next(teacher.parameters()).device).eval()
 
     return combine

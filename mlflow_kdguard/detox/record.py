@@ -6,7 +6,7 @@ from pydantic import Field
 
 from mlflow_kdguard.records import Rate, Record, Source
 
-Outcome = Literal["kept", "rolled back", "undone"]
+Outcome = Literal["kept", "rolled back", "undone", "past the limit"]
 
 
 class StepRecord(Record):
@@ -14,8 +14,9 @@ class StepRecord(Record):
 
     `outcome`: "kept" where the step's end state met the limit, "rolled back" where an earlier
     state of the same step did (`kept_at` of `steps`), "undone" where none did, so that the step
-    left nothing behind. `detoxed` and `reference`: clean validation accuracy, after the step, of
-    the detoxed copy and of the reference that the whole chain makes of it.
+    left nothing behind. "past the limit": it did not meet the limit and stays all the same, since
+    without it a backdoor would (unlearning). `detoxed` and `reference`: clean validation accuracy,
+    after the step, of the detoxed copy and of the reference that the whole chain makes of it.
     """
 
     name: str
@@ -48,7 +49,7 @@ class DetoxRecord(Record):
     @property
     def complete(self) -> bool:
         """Whether every step was kept as it ended; anything else weakens the guard."""
-        return all(step.outcome == "kept" for step in self.steps)
+        return all(step.outcome in ("kept", "past the limit") for step in self.steps)
 
     def document(self) -> dict[str, Any]:
         return super().document() | {"complete": self.complete}

@@ -8,15 +8,20 @@ NEEDING = frozenset({"unlearn", "margin_cap", "margin_swap"})
 """Rows of the chain that work on suspect classes."""
 
 
-def choose(config: DetoxSection, report: AuditReport | None) -> tuple[tuple[int, ...], str]:
+def choose(
+    config: DetoxSection, report: AuditReport | None, *, classes: int
+) -> tuple[tuple[int, ...], str]:
     """The suspect classes and where they come from.
 
-    Named in the configuration; else the classes that the audit flagged; else the class that
-    universal inversion reaches best. The last is the safe side: an audit without calibration, or
-    one that missed, still leaves the most likely target guarded.
+    Named in the configuration (`all`: every one of `classes`, whatever an audit says); else the
+    classes that the audit flagged; else the class that universal inversion reaches best. The last
+    is the safe side: an audit without calibration, or one that missed, still leaves the most likely
+    target guarded.
     A chain without rows that work on suspects (`NEEDING`) needs none. Raises ConfigError where
     one does, nothing was named and no inversion was run.
     """
+    if config.suspects == "all":
+        return tuple(range(classes)), "every class"
     if config.suspects != "auto":
         return config.suspects, "named in the configuration"
     findings = (

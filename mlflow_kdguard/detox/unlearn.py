@@ -9,6 +9,9 @@ and then trains the copy to answer as labelled with and without it:
 Adversarial unlearning of implicit backdoors (I-BAU, Zeng et al., arXiv:2110.03735) inspired the
 form; here it is aimed at the suspect classes only, and the bank keeps a memory of old patterns.
 The copy need not stay a good classifier: `margin_cap` asks it only about the suspect classes.
+
+It is never undone for the accuracy that it costs: a copy that did not unlearn is no guard, and
+nobody would see that, where a loss of accuracy is measured again at the gate. Decision 102.
 """
 
 from copy import deepcopy
@@ -102,7 +105,7 @@ def cleanse(state: State, work: Work) -> State:
     copy = deepcopy(state.copy).to(work.device).requires_grad_(True)
     training = _Training(copy, state.suspects, state.train.shape, work.config)
     preview = state.preview(copy)
-    kept = drive(training, state, work, lambda: state.judge(preview, work.device))
+    kept = drive(training, state, work, lambda: state.judge(preview, work.device), undo=False)
     keep(state, work, NAME, {"": copy}, "copy")
     norms = training.memory["bank"].flatten(1).norm(dim=1)
     return state.trained(

@@ -88,11 +88,15 @@ def audit_report(entry: Entry) -> AuditReport:
 def reference(work: Work, taught: Entry, audited: Entry, shown: Images) -> Entry:
     """Detoxify the teacher; the result is one ONNX graph, the student's reference."""
     section = work.config.detox
-    classes, why = detox.choose(section, audit_report(audited)) if section.chain else ((), "")
+    suspects: tuple[int, ...] = ()
+    why = "nobody: the chain is empty"
+    if section.chain:
+        known = shown.clean.classes
+        suspects, why = detox.choose(section, audit_report(audited), classes=known)
     inputs = {
         "teacher": sha256_file(taught.path(TEACHER)),
         "clean": shown.clean.sha256,
-        "suspects": list(classes),
+        "suspects": list(suspects),
         "detox": section.model_dump(mode="json"),
         "seed": work.config.run.seed,
         "weights": taught.path("weights.safetensors").exists(),  # else layers have other names
@@ -103,13 +107,13 @@ def reference(work: Work, taught: Entry, audited: Entry, shown: Images) -> Entry
         cleansed = detox.cleanse(
             teacher_net(work, taught),
             shown.clean,
-            suspects=classes,
+            suspects=suspects,
             config=section,
             seed=work.config.run.seed,
             device=work.device,
             folder=entry.folder,
             progress=work.progress,
-            suspects_from=why or "nobody: the chain is empty",
+            suspects_from=why,
         )
         exported = export_net(work, cleansed.reference, entry.path(REFERENCE), shown.test)
         export_net(work, cleansed.copy, entry.path(COPY), shown.test)

@@ -84,16 +84,15 @@ def judged(rates: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "_look", look)
 
 
-def unlearning(**options: object) -> detox.Detoxed:
-    section = DetoxSection(chain=("unlearn",), unlearn_steps=8, batch=16, **options)  # type: ignore[arg-type]
-    return run(section)
+def tuned() -> detox.Detoxed:
+    return run(DetoxSection(chain=("fine_tune",), options={"steps": 8}, batch=16))
 
 
 def test_a_step_that_falls_past_the_limit_goes_back_to_its_last_good_state(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     judged([20, 20, 20, 0, 0, 0, 0, 0], monkeypatch)
-    done = unlearning()
+    done = tuned()
     (step,) = done.record.steps
     assert (step.outcome, step.kept_at, step.steps) == ("rolled back", 3, 8)
     assert not done.record.complete
@@ -101,21 +100,46 @@ def test_a_step_that_falls_past_the_limit_goes_back_to_its_last_good_state(
     assert not same(done.copy, toys.cnn())
     monkeypatch.undo()
     judged([20] * 8, monkeypatch)
-    assert not same(done.copy, unlearning().copy)
+    assert not same(done.copy, tuned().copy)
 
 
 def test_a_step_that_is_never_good_leaves_nothing_behind(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     judged([0] * 8, monkeypatch)
-    done = unlearning()
+    done = tuned()
     assert done.record.steps[0].outcome == "undone"
     assert same(done.copy, toys.cnn())
     assert "undone" in caplog.text
 
 
+def test_unlearning_is_not_undone_for_the_accuracy_that_it_costs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A guard that undoes itself is an open gate: nobody sees that the reference is the teacher."""
+    section = SMALL.model_copy(update={"chain": ("unlearn",), "max_drop": 0.02})
+    judged([20] * 8, monkeypatch)
+    whole = run(section).copy
+    monkeypatch.undo()
+    for looks in ([0] * 8, [20, 20, 20, 0, 0, 0, 0, 0]):
+        judged(looks, monkeypatch)
+        done = run(section)
+        monkeypatch.undo()
+        (step,) = done.record.steps
+        assert (step.outcome, step.kept_at, step.steps) == ("past the limit", 8, 8)
+        assert same(done.copy, whole)
+    assert "ended past the limit" in caplog.text
+
+
+def test_where_every_class_is_a_suspect_the_copy_alone_is_the_reference() -> None:
+    """Nothing that the raw teacher says may be read then."""
+    done = run(suspects=tuple(range(10)))
+    assert same(done.reference, done.copy)
+    assert not same(done.copy, toys.cnn())
+
+
 def test_the_limit_counts_images_of_the_resulting_reference() -> None:
-    """A copy that forgets everything is kept where the cap restores the reference, else undone."""
+    """A copy that forgets everything meets it where the cap restores the reference."""
     x, _ = toys.digits(100)
     teacher = toys.cnn()
     with torch.no_grad():
@@ -130,7 +154,7 @@ def test_the_limit_counts_images_of_the_resulting_reference() -> None:
         assert done.record.least == 20
         return done.record.steps[0].outcome, done.record.reference
 
-    assert outcome("unlearn")[0] != "kept"
+    assert outcome("unlearn")[0] == "past the limit"
     assert outcome("unlearn", "margin_cap") == ("kept", Rate(k=20, n=20))
 
 
@@ -229,7 +253,6 @@ def test_a_learning_rate_that_diverges_is_an_error_not_a_reference() -> None:
         ((), ("margin_cap",), "there are none"),
         ((10,), ("variance_mask",), "distinct classes"),
         ((2, 2), ("unlearn",), "distinct classes"),
-        (tuple(range(10)), ("margin_cap",), "at least one class that is none"),
         ((1,), ("no_such_detox",), "no detox called"),
     ],
 )
@@ -262,10 +285,11 @@ def report(rates: list[float], flagged: list[int]) -> AuditReport:
 def test_suspects_are_named_or_flagged_or_the_easiest_class() -> None:
     auto = DetoxSection()
     seen = report([0.1, 0.9, 0.8], [2, 1])
-    assert detox.choose(DetoxSection(suspects=(7,)), seen)[0] == (7,)
-    assert detox.choose(auto, seen) == ((1, 2), "flagged by the audit")
-    classes, why = detox.choose(auto, report([0.1, 0.2, 0.15], []))
+    assert detox.choose(DetoxSection(suspects=(7,)), seen, classes=10)[0] == (7,)
+    assert detox.choose(DetoxSection(suspects="all"), None, classes=3) == ((0, 1, 2), "every class")
+    assert detox.choose(auto, seen, classes=3) == ((1, 2), "flagged by the audit")
+    classes, why = detox.choose(auto, report([0.1, 0.2, 0.15], []), classes=3)
     assert classes == (1,)
     assert "nothing was flagged" in why
     with pytest.raises(ConfigError, match="no inversion"):
-        detox.choose(auto, None)
+        detox.choose(auto, None, classes=3)
