@@ -28,6 +28,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     "detector": {
         "variance": "mlflow_kdguard.audit.variance:examine",
         "inversion": "mlflow_kdguard.audit.inversion:examine",
+        "profile": "mlflow_kdguard.audit.profile:examine",
     },
     "detox": {
         "variance_mask": "mlflow_kdguard.detox.variance_mask:cleanse",

@@ -38,7 +38,6 @@ POISONED, CONTROL, CLEAN, TRIGGER, DONE = "poisoned", "control", "clean", "trigg
 CLEAN_TEACHER, NO_TEACHER, NONE = "clean teacher", "no teacher", "none"
 FLOORS = (CLEAN_TEACHER, NO_TEACHER)
 JUDGES = ("validation", "test")
-INVERSION = AuditSection(detectors=("inversion",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +150,17 @@ class Cells:
         told = {"raw": taught.digest, **self._judge_digests}
         return self._read(_once(self.folder / "raw" / digest_json(told)[:24], make))
 
-    def audited(self, net: nn.Module, seed: int) -> tuple[AuditReport, float]:
-        """What universal inversion says of a network, and the seconds that it took."""
+    def audited(
+        self, net: zoo.Classifier, audit: AuditSection, seed: int
+    ) -> tuple[AuditReport, float]:
+        """What the detectors say of a network, and the seconds that it took them."""
         told = {"net": state_sha256(net), "seed": seed, "clean": self.clean.sha256,
-                "audit": INVERSION.model_dump(mode="json")}  # fmt: skip
+                "audit": audit.model_dump(mode="json")}  # fmt: skip
+        calibrated = self.calibrated(net, audit)
 
         def make(_: Path) -> dict[str, Any]:
             began = time.process_time()
-            found = examine(net, data=self.clean, config=INVERSION, model_sha256=told["net"],
+            found = examine(net, data=self.clean, config=calibrated, model_sha256=told["net"],
                             seed=seed, device=CPU)  # fmt: skip
             seconds = time.process_time() - began
             return {**told, "report": found.report.model_dump(mode="json"), "seconds": seconds}
@@ -166,6 +168,25 @@ class Cells:
         notes = _once(self.folder / "audits" / digest_json(told)[:24], make)
         kept = json.loads((notes / DONE).read_text())
         return AuditReport.model_validate(kept["report"]), kept["seconds"]
+
+    def calibrated(self, net: zoo.Classifier, audit: AuditSection) -> AuditSection:
+        """The section with its calibration, which is made once an architecture and clean set, and
+        is not in any audit's seconds."""
+        if not audit.shadows:
+            return audit
+        told = {"architecture": net.architecture.model_dump(mode="json"),
+                "clean": self.clean.sha256, "audit": audit.model_dump(mode="json")}  # fmt: skip
+        name = f"{digest_json(told)[:24]}.json"
+
+        def make(place: Path) -> dict[str, Any]:
+            config = audit.model_copy(update={"calibration": str(place / name)})
+            began = time.process_time()
+            examine(net, data=self.clean, config=config, model_sha256=state_sha256(net), seed=0,
+                    device=CPU)  # fmt: skip
+            return {**told, "seconds": time.process_time() - began}
+
+        place = _once(self.folder / "calibrations" / digest_json(told)[:24], make)
+        return audit.model_copy(update={"calibration": str(place / name)})
 
     def judged(self, row: Row, guard: Guard | str, seed: int) -> Judged:
         """The student of a row under a guard, or one of the FLOORS, judged."""
@@ -180,14 +201,15 @@ class Cells:
         def make(place: Path) -> dict[str, Any]:
             reference, notes = self._reference(taught, guard, seed)
             began = time.process_time()
-            student: nn.Module = self._student(row, taught, reference, guard, seed)
+            student = self._student(row, taught, reference, guard, seed)
             seconds = {**notes.pop("seconds", {}), "student": time.process_time() - began}
+            final: nn.Module = student
             if isinstance(guard, Guard) and guard.after is not None:
-                student, seconds["after"] = self._repaired(student, guard.after, seed)
+                final, seconds["after"] = self._repaired(student, guard, guard.after, seed)
             target = row.teacher.target
-            self._judge(place, student, taught.trigger, target)
+            self._judge(place, final, taught.trigger, target)
             self._judge(place, reference, taught.trigger, target, what="reference-")
-            return {**told, **notes, "seconds": seconds, "student_sha256": state_sha256(student)}
+            return {**told, **notes, "seconds": seconds, "student_sha256": state_sha256(final)}
 
         return self._read(_once(self.folder / "students" / digest_json(told)[:24], make))
 
@@ -200,28 +222,33 @@ class Cells:
         teacher = taught.net(CONTROL if guard.of_clean else POISONED)
         report, seconds = None, 0.0
         if NEEDING & set(guard.detox.chain):
-            report, seconds = self.audited(teacher, seed)
-        suspects, source = choose(guard.detox, report, classes=self.clean.classes)
+            report, seconds = self.audited(teacher, guard.audit, seed)
+        suspicion = choose(guard.detox, report, classes=self.clean.classes)
         began = time.process_time()
         done = cleanse(
-            teacher, self.clean, suspects=suspects, suspects_from=source, config=guard.detox,
-            seed=seed, device=CPU,
+            teacher, self.clean, suspects=suspicion.classes, suspects_from=suspicion.source,
+            config=suspicion.settled(guard.detox), seed=seed, device=CPU,
         )  # fmt: skip
-        rates = None if report is None else report.detectors[0].details["rates"]
         spent = {"audit": seconds, "detox": time.process_time() - began}
         outcomes = [step.outcome for step in done.record.steps]
         return done.reference, {
-            "suspects": suspects, "inversion": rates, "outcomes": outcomes, "seconds": spent,
+            "suspects": suspicion.classes, "source": suspicion.source, "radius": suspicion.radius,
+            "outcomes": outcomes, "seconds": spent,
         }  # fmt: skip
 
     def _repaired(
-        self, student: nn.Module, detox: DetoxSection, seed: int
+        self, student: zoo.Classifier, guard: Guard, detox: DetoxSection, seed: int
     ) -> tuple[nn.Module, float]:
         """The student after a chain of its own, and the seconds that it took."""
-        report, spent = self.audited(student, seed) if NEEDING & set(detox.chain) else (None, 0.0)
-        suspects, _ = choose(detox, report, classes=self.clean.classes)
+        report, spent = None, 0.0
+        if NEEDING & set(detox.chain):
+            report, spent = self.audited(student, guard.audit, seed)
+        suspicion = choose(detox, report, classes=self.clean.classes)
         began = time.process_time()
-        done = cleanse(student, self.clean, suspects=suspects, config=detox, seed=seed, device=CPU)
+        done = cleanse(
+            student, self.clean, suspects=suspicion.classes, config=suspicion.settled(detox),
+            seed=seed, device=CPU,
+        )  # fmt: skip
         return done.reference, spent + time.process_time() - began
 
     def _student(

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.guard.instances import drawn
-from mlflow_kdguard.config import DetoxSection, DistillSection, RedteamSection
+from mlflow_kdguard.config import AuditSection, DetoxSection, DistillSection, RedteamSection
 
 HELD_OUT = "held out"
+INVERSION = AuditSection(detectors=("inversion",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,32 +31,35 @@ class Row:
 class Guard:
     """One way to a student: what happens to the teacher, to distillation, and to the student.
 
-    `of_clean`: applied to the clean teacher instead, to see what it costs. `after`: a chain that
+    `audit`: what looks for suspects. `of_clean`: applied to the clean teacher instead, to see what
+    it costs. `after`: a chain that
     the finished student goes through.
     """
 
     detox: DetoxSection
+    audit: AuditSection = INVERSION
     student: Mapping[str, Any] = field(default_factory=dict)
     after: DetoxSection | None = None
     of_clean: bool = False
 
     @classmethod
     def read(cls, told: Mapping[str, Any]) -> "Guard":
-        """From the specification: a `detox` section, and `student`, `after`, `of_clean`."""
+        """From the specification: a `detox` section, `audit`, `student`, `after`, `of_clean`."""
         rest = {**told}
         student, after = rest.pop("student", {}), rest.pop("after", None)
-        of_clean = rest.pop("of_clean", False)
+        of_clean, audit = rest.pop("of_clean", False), rest.pop("audit", None)
         return cls(
-            DetoxSection(**rest), student, None if after is None else DetoxSection(**after),
-            of_clean,
+            DetoxSection(**rest), INVERSION if audit is None else AuditSection(**audit), student,
+            None if after is None else DetoxSection(**after), of_clean,
         )  # fmt: skip
 
     def document(self) -> dict[str, Any]:
         """All that a student follows from."""
         after = None if self.after is None else self.after.model_dump(mode="json")
+        audit = {} if self.audit == INVERSION else {"audit": self.audit.model_dump(mode="json")}
         return {
             "detox": self.detox.model_dump(mode="json"), "student": dict(self.student),
-            "after": after, "of_clean": self.of_clean,
+            "after": after, "of_clean": self.of_clean, **audit,
         }  # fmt: skip
 
 

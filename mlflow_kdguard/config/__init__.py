@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mlflow_kdguard import plain_yaml
+from mlflow_kdguard.config.base import Loop, Section, Verifiable
 from mlflow_kdguard.config.sections import (
     AttestSection,
     AuditSection,
@@ -21,17 +22,14 @@ from mlflow_kdguard.config.sections import (
     DistillSection,
     ExportSection,
     GuardConfig,
-    Loop,
     MeasureSection,
     PatchSection,
     RedteamSection,
     RegistrySection,
     RunSection,
-    Section,
     SmoothSection,
     TeacherSection,
     TeachSection,
-    Verifiable,
 )
 from mlflow_kdguard.errors import ConfigError
 from mlflow_kdguard.files import read_bytes

@@ -1,21 +1,11 @@
 """The sections of a configuration: one frozen model a stage, with types, limits and defaults."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field
 
+from mlflow_kdguard.config.base import Loop, Positive, Section, Share, Steps, Verifiable
 from mlflow_kdguard.files import digest_json
-
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Epochs = Annotated[int, Field(ge=0)]
-Steps = Annotated[int, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, closed to unknown keys, finite."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -35,48 +25,6 @@ class DataSection(Section):
     test: str = Field("mnist5k#test", description="held-out labelled images for every figure")
     root: str | None = Field(None, description="folder of torchvision data sets")
     labelled: bool = Field(False, description="whether labels of the transfer set may be used")
-
-
-class Loop(Section):
-    """One training run: SGD with Nesterov momentum under a schedule of learning rates."""
-
-    epochs: Epochs = Field(10, description="passes over the data")
-    batch: int = Field(128, ge=1, description="images a step")
-    lr: Positive = Field(0.08, description="peak learning rate")
-    schedule: Literal["one-cycle", "constant", "step", "cosine"] = Field(
-        "one-cycle", description="learning rate over the run; step: a tenth at 1/2, again at 3/4"
-    )
-    warm_up: Share = Field(0.0, description="share of linear rise; one-cycle has its own")
-    momentum: Share = Field(0.9, description="Nesterov momentum")
-    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty")
-    augment: Literal["none", "shift", "shift-flip"] = Field("shift", description="augmentation")
-    shift: int = Field(2, ge=0, description="largest shift in pixels")
-    amp: Literal["off", "bfloat16", "float16"] = Field("off", description="autocast type")
-    channels_last: bool = Field(False, description="memory format of images")
-    checkpoint_seconds: Positive = Field(10.0, description="longest work that a kill can lose")
-
-
-class Verifiable(Loop):
-    """A training run with terms that make bounds on the network tight."""
-
-    stability: float = Field(0.0, ge=0, description="weight of the ReLU stability loss")
-    l1: float = Field(0.0, ge=0, description="weight of the sum of weights' sizes")
-    bound_eps: float | None = Field(
-        None, ge=0, description="l_inf radius of interval terms; null takes eps"
-    )
-    ramp: tuple[Share, ...] = Field(
-        (0.1, 0.5),
-        min_length=2,
-        max_length=2,
-        description="shares of the run between which interval terms grow from zero",
-    )
-
-    @field_validator("ramp")
-    @classmethod
-    def _rises(cls, ramp: tuple[float, ...]) -> tuple[float, ...]:
-        if ramp[0] > ramp[1]:
-            raise ValueError(f"it must not end ({ramp[1]:g}) before it begins ({ramp[0]:g})")
-        return ramp
 
 
 class TeachSection(Verifiable):
@@ -125,6 +73,12 @@ class AuditSection(Section):
     radius: Positive = Field(2.1, description="L2 radius of the universal perturbation, in pixels")
     steps: Steps = Field(25, description="ascent steps a class")
     batch: int = Field(64, ge=1, description="images a step")
+    radii: tuple[Positive, ...] = Field(
+        (2.1, 3.5), min_length=1, description="radii of the profile, one after the other"
+    )
+    lead: Positive = Field(
+        2.2, description="log-odds above nature's by which the profile flags a class"
+    )
     calibration: str | None = Field(None, description="calibration file made on clean networks")
     shadows: int = Field(0, ge=0, description="clean shadow networks to train for calibration")
     shadow_loop: Loop = Field(
@@ -153,7 +107,9 @@ class DetoxSection(Section):
     mask_lr: Positive = Field(0.02, description="learning rate of the mask")
     unlearn_steps: Steps = Field(200, description="SGD steps of unlearning")
     unlearn_lr: Positive = Field(0.02, description="peak learning rate of unlearning")
-    unlearn_radius: Positive = Field(2.8, description="L2 radius of the perturbation bank")
+    unlearn_radius: Positive | Literal["auto"] = Field(
+        2.8, description="L2 radius of the perturbation bank; auto: by the profile's radius"
+    )
     bank: int = Field(4, ge=1, description="perturbations kept in the bank")
     batch: int = Field(64, ge=1, description="images a step")
     options: dict[str, float] = Field(default_factory=dict, description="of fine_tune, nad, …")

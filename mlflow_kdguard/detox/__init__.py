@@ -22,13 +22,22 @@ from mlflow_kdguard.config import DetoxSection
 from mlflow_kdguard.data import Dataset
 from mlflow_kdguard.detox.record import DetoxRecord, StepRecord
 from mlflow_kdguard.detox.state import Combine, State, Work
-from mlflow_kdguard.detox.suspects import NEEDING, choose
+from mlflow_kdguard.detox.suspects import NEEDING, Suspicion, choose
 from mlflow_kdguard.detox.tuning import check_options
 from mlflow_kdguard.errors import ConfigError, DataError
 from mlflow_kdguard.records import Progress, Source, silent
 from mlflow_kdguard.training import derive
 
-__all__ = ["DetoxRecord", "Detoxed", "State", "StepRecord", "Work", "choose", "cleanse"]
+__all__ = [
+    "DetoxRecord",
+    "Detoxed",
+    "State",
+    "StepRecord",
+    "Suspicion",
+    "Work",
+    "choose",
+    "cleanse",
+]
 
 _log = logging.getLogger(__name__)
 Row = Callable[[State, Work], State]

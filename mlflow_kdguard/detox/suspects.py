@@ -1,44 +1,80 @@
-"""Which classes are unlearned and capped."""
+"""Which classes are unlearned and capped, and how far unlearning reaches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mlflow_kdguard.config import DetoxSection
 from mlflow_kdguard.errors import ConfigError
-from mlflow_kdguard.records import AuditReport
+from mlflow_kdguard.records import AuditReport, Finding
 
 NEEDING = frozenset({"unlearn", "margin_cap", "margin_swap"})
 """Rows of the chain that work on suspect classes."""
+RADIUS = 2.8
+"""Where no radius is known at which a suspect stands out."""
+_BEYOND = 1.2
+"""Radius of unlearning as a share of the one at which the suspects stand out."""
 
 
-def choose(
-    config: DetoxSection, report: AuditReport | None, *, classes: int
-) -> tuple[tuple[int, ...], str]:
+@dataclass(frozen=True, slots=True)
+class Suspicion:
+    """The suspect classes, where they come from, and the radius of unlearning."""
+
+    classes: tuple[int, ...]
+    source: str
+    radius: float = RADIUS
+
+    def settled(self, config: DetoxSection) -> DetoxSection:
+        """The section with its `auto` radius settled."""
+        return config.model_copy(update={"unlearn_radius": self.radius})
+
+
+def choose(config: DetoxSection, report: AuditReport | None, *, classes: int) -> Suspicion:
     """The suspect classes and where they come from.
 
     Named in the configuration (`all`: every one of `classes`, whatever an audit says); else the
-    classes that the audit flagged; else the class that universal inversion reaches best. The last
-    is the safe side: an audit without calibration, or one that missed, still leaves the most likely
-    target guarded.
+    classes that the audit flagged; else the class that leads its natural profile furthest, or,
+    without a profile, that universal inversion reaches best. The last is the safe side: an audit
+    without calibration, or one that missed, still leaves the most likely target guarded.
     A chain without rows that work on suspects (`NEEDING`) needs none. Raises ConfigError where
     one does, nothing was named and no inversion was run.
     """
+    findings = _searched(report)
+    radius = _radius(config, findings)
     if config.suspects == "all":
-        return tuple(range(classes)), "every class"
+        return Suspicion(tuple(range(classes)), "every class", radius)
     if config.suspects != "auto":
-        return config.suspects, "named in the configuration"
-    findings = (
-        [] if report is None else [each for each in report.detectors if "rates" in each.details]
-    )
+        return Suspicion(config.suspects, "named in the configuration", radius)
     if not findings and not NEEDING & set(config.chain):
-        return (), "nobody: the chain works on no suspects"
+        return Suspicion((), "nobody: the chain works on no suspects", radius)
     if not findings:
         raise ConfigError(
             "no suspect class is known: the audit ran no inversion.",
-            remedy="Add inversion to audit.detectors, or name the classes in detox.suspects.",
+            remedy="Add inversion or profile to audit.detectors, or name the classes in "
+            "detox.suspects.",
         )
-    flagged = tuple(
-        sorted({label for each in findings for label in each.details.get("flagged", ())})
-    )
+    flagged = {label for each in findings for label in each.details.get("flagged", ())}
     if flagged:
-        return flagged, "flagged by the audit"
-    rates = findings[0].details["rates"]
-    best = max(range(len(rates)), key=lambda label: rates[label])
-    return (best,), "largest inversion rate; nothing was flagged"
+        return Suspicion(tuple(sorted(flagged)), "flagged by the audit", radius)
+    measure, values = _measured(findings)
+    best = max(range(len(values)), key=lambda label: values[label])
+    return Suspicion((best,), f"largest {measure}; nothing was flagged", radius)
+
+
+def _searched(report: AuditReport | None) -> list[Finding]:
+    """Findings of detectors that inverted every class."""
+    found = () if report is None else report.detectors
+    return [each for each in found if {"rates", "leads"} & set(each.details)]
+
+
+def _measured(findings: Sequence[Finding]) -> tuple[str, list[float]]:
+    for each in findings:
+        if "leads" in each.details:
+            return "lead over the natural profile", each.details["leads"]
+    return "inversion rate", findings[0].details["rates"]
+
+
+def _radius(config: DetoxSection, findings: Sequence[Finding]) -> float:
+    if config.unlearn_radius != "auto":
+        return config.unlearn_radius
+    stood = [each.details.get("radius") for each in findings if "leads" in each.details]
+    return max((_BEYOND * radius for radius in stood if radius is not None), default=RADIUS)

@@ -25,6 +25,7 @@ from mlflow_kdguard.config import DetoxSection
 from mlflow_kdguard.detox.keep import keep
 from mlflow_kdguard.detox.loop import drive
 from mlflow_kdguard.detox.state import State, Work
+from mlflow_kdguard.detox.suspects import RADIUS
 from mlflow_kdguard.errors import NonFiniteError
 from mlflow_kdguard.training.schedule import one_cycle
 
@@ -58,6 +59,8 @@ class _Training:
         self._slots = slots(config.bank, len(suspects))
         self.memory = {"bank": torch.zeros((self._slots, *shape), device=device)}
         self._suspects, self._config = suspects, config
+        told = config.unlearn_radius
+        self._radius = RADIUS if told == "auto" else told
 
     def advance(self, x: Tensor, y: Tensor, step: int, generator: torch.Generator) -> Tensor:
         """Move one pattern, then the copy."""
@@ -75,7 +78,7 @@ class _Training:
 
     def _pattern(self, x: Tensor, y: Tensor, step: int, generator: torch.Generator) -> Tensor:
         bank, slot = self.memory["bank"], step % self._slots
-        target, radius = self._suspects[slot % len(self._suspects)], self._config.unlearn_radius
+        target, radius = self._suspects[slot % len(self._suspects)], self._radius
         fresh = torch.randn(bank.shape[1:], generator=generator).to(bank.device)
         afresh = float(torch.rand((), generator=generator)) < _REDRAWN
         if step < self._slots or afresh:

@@ -88,15 +88,15 @@ def audit_report(entry: Entry) -> AuditReport:
 def reference(work: Work, taught: Entry, audited: Entry, shown: Images) -> Entry:
     """Detoxify the teacher; the result is one ONNX graph, the student's reference."""
     section = work.config.detox
-    suspects: tuple[int, ...] = ()
-    why = "nobody: the chain is empty"
+    suspicion = detox.Suspicion((), "nobody: the chain is empty")
     if section.chain:
         known = shown.clean.classes
-        suspects, why = detox.choose(section, audit_report(audited), classes=known)
+        suspicion = detox.choose(section, audit_report(audited), classes=known)
+        section = suspicion.settled(section)
     inputs = {
         "teacher": sha256_file(taught.path(TEACHER)),
         "clean": shown.clean.sha256,
-        "suspects": list(suspects),
+        "suspects": list(suspicion.classes),
         "detox": section.model_dump(mode="json"),
         "seed": work.config.run.seed,
         "weights": taught.path("weights.safetensors").exists(),  # else layers have other names
@@ -107,13 +107,13 @@ def reference(work: Work, taught: Entry, audited: Entry, shown: Images) -> Entry
         cleansed = detox.cleanse(
             teacher_net(work, taught),
             shown.clean,
-            suspects=suspects,
+            suspects=suspicion.classes,
             config=section,
             seed=work.config.run.seed,
             device=work.device,
             folder=entry.folder,
             progress=work.progress,
-            suspects_from=why,
+            suspects_from=suspicion.source,
         )
         exported = export_net(work, cleansed.reference, entry.path(REFERENCE), shown.test)
         export_net(work, cleansed.copy, entry.path(COPY), shown.test)

@@ -1,9 +1,7 @@
 """examine(): what is reported, what is flagged, and that nothing uncalibrated is called clean."""
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -36,23 +34,6 @@ def examined(net: nn.Module, config: AuditSection = FAST, **options: object) -> 
     return audit.examine(net, config=config, **given)  # type: ignore[arg-type]
 
 
-def shortcut(corners: Mapping[int, int] = MappingProxyType({6: 7})) -> Classifier:
-    """Nearest class mean, with shortcuts from corners that are black in digits."""
-    x, y = toys.digits(600)
-    means = np.stack([x[y == label].reshape(-1, 64).mean(0) for label in range(10)])
-    weight = torch.from_numpy(2 * means)
-    for label, place in corners.items():
-        weight[label, place] += 60.0
-    net = toys.net("mlp:64", settled=False, mean=(0.0,), std=(1.0,))
-    with torch.no_grad():
-        # relu(x + 1) - 1 = x, with a gradient at black pixels too
-        net.body.linear1.weight.copy_(torch.eye(64))
-        net.body.linear1.bias.fill_(1.0)
-        net.body.logits.weight.copy_(weight)
-        net.body.logits.bias.copy_(-torch.from_numpy((means**2).sum(1)) - weight.sum(1))
-    return net
-
-
 def made(net: Classifier, null: tuple[float, ...], **options: object) -> Calibration:
     data = digits()
     values = {
@@ -78,7 +59,7 @@ def calibrated(path: Path, record: Calibration, **options: object) -> AuditSecti
 
 
 def test_without_calibration_the_verdict_is_undecided_but_the_top_class_is_recovered() -> None:
-    done = examined(shortcut())
+    done = examined(toys.shortcut())
     finding = done.report.detectors[1]
     assert finding.target == 6
     assert finding.score == finding.details["rates"][6] == max(finding.details["rates"])
@@ -90,7 +71,7 @@ def test_without_calibration_the_verdict_is_undecided_but_the_top_class_is_recov
 
 
 def test_a_calibrated_outlier_is_suspect_and_a_usual_rate_is_clean(tmp_path: Path) -> None:
-    net = shortcut()
+    net = toys.shortcut()
     low = calibrated(tmp_path / "low.json", made(net, (0.01,) * 19))
     done = examined(net, low)
     assert done.report.verdict == "suspect"
@@ -105,7 +86,7 @@ def test_a_calibrated_outlier_is_suspect_and_a_usual_rate_is_clean(tmp_path: Pat
 
 
 def test_every_class_above_the_null_is_flagged_and_recovered(tmp_path: Path) -> None:
-    net = shortcut({6: 7, 2: 0})
+    net = toys.shortcut({6: 7, 2: 0})
     null = sorted(examined(net).report.detectors[1].details["rates"])[-3]
     done = examined(net, calibrated(tmp_path / "null.json", made(net, (null,) * 19)))
     assert done.report.detectors[1].details["flagged"] == [2, 6]
@@ -129,7 +110,7 @@ def test_p_values_are_valid_for_exchangeable_networks() -> None:
 
 
 def test_too_few_networks_cannot_decide(tmp_path: Path) -> None:
-    net = shortcut()
+    net = toys.shortcut()
     config = calibrated(tmp_path / "few.json", made(net, (0.01,) * 18))
     done = examined(net, config)
     assert done.report.verdict == "undecided"
@@ -184,9 +165,9 @@ def test_shadows_are_trained_once_and_kept(tmp_path: Path, monkeypatch: pytest.M
             "shadow_loop": Loop(epochs=1, batch=32), "shadow_pgd_steps": 1,
         }
     )  # fmt: skip
-    net = shortcut()
+    net = toys.shortcut()
     first = examined(net, config).report
-    record = calibration.load(tmp_path / "null.json")
+    record = calibration.load(tmp_path / "null.json", Calibration)
     assert len(record.null) == 4
     assert record.architecture == net.architecture
     assert len(set(record.null)) > 1  # four networks, not four times one
@@ -210,7 +191,7 @@ def corner() -> Trigger:
 
 
 def test_known_triggers_get_their_rate_on_all_clean_images() -> None:
-    net, data = shortcut(), digits()
+    net, data = toys.shortcut(), digits()
     done = examined(net, triggers=[(corner(), 6), (corner(), 1)])
     supplied = done.report.asr[:2]
     others = data.x[data.y != 6]
@@ -226,7 +207,7 @@ def test_known_triggers_get_their_rate_on_all_clean_images() -> None:
 
 
 def test_recovered_triggers_are_scored_on_images_they_were_not_searched_on() -> None:
-    net, data = shortcut(), digits()
+    net, data = toys.shortcut(), digits()
     done = examined(net)
     searched, held = halves(data, seed=0)
     assert len(searched) + len(held) == len(data)
@@ -291,7 +272,7 @@ def test_a_trigger_with_a_class_that_is_none_is_refused(target: int) -> None:
     """No image is ever sent there: it would look harmless."""
     patch = Trigger("patch", "add", None, np.full((1, 8, 8), 0.5, np.float32))
     with pytest.raises(UsageError, match="does not fit"):
-        examined(shortcut(), triggers=[(patch, target)])
+        examined(toys.shortcut(), triggers=[(patch, target)])
 
 
 def test_images_of_another_size_are_refused() -> None:

@@ -285,10 +285,15 @@ def report(rates: list[float], flagged: list[int]) -> AuditReport:
 def test_suspects_are_named_or_flagged_or_the_easiest_class() -> None:
     auto = DetoxSection()
     seen = report([0.1, 0.9, 0.8], [2, 1])
-    assert detox.choose(DetoxSection(suspects=(7,)), seen, classes=10)[0] == (7,)
-    assert detox.choose(DetoxSection(suspects="all"), None, classes=3) == ((0, 1, 2), "every class")
-    assert detox.choose(auto, seen, classes=3) == ((1, 2), "flagged by the audit")
-    classes, why = detox.choose(auto, report([0.1, 0.2, 0.15], []), classes=3)
+
+    def chosen(config: DetoxSection, seen: AuditReport | None) -> tuple[tuple[int, ...], str]:
+        suspicion = detox.choose(config, seen, classes=3)
+        return suspicion.classes, suspicion.source
+
+    assert chosen(DetoxSection(suspects=(2,)), seen)[0] == (2,)
+    assert chosen(DetoxSection(suspects="all"), None) == ((0, 1, 2), "every class")
+    assert chosen(auto, seen) == ((1, 2), "flagged by the audit")
+    classes, why = chosen(auto, report([0.1, 0.2, 0.15], []))
     assert classes == (1,)
     assert "nothing was flagged" in why
     with pytest.raises(ConfigError, match="no inversion"):

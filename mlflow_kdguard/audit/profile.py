@@ -1,0 +1,130 @@
+"""The profile of inversion: which class is reached far more easily than by nature?
+
+Shirts are reached from everywhere in clean networks too, bags hardly, and that is much the same in
+every clean network of one architecture. So a class's rate of universal inversion is compared with
+*its own* rate in clean networks (`natural`), in log-odds, less what all classes share:
+
+    lead_t = logit ρ_t - mean over clean nets of logit ρ_t,  less the median of that over classes
+
+Taken at growing radii, up to the first at which a class leads by `lead` or more: a small trigger
+stands out in a small ball, in which a trigger that fills the image, or a teacher that was trained
+to resist the search, shows nothing. Flagged are the classes that do, if they lead at least half as
+far as the foremost: a pattern that leads to one class helps its neighbours. Decision 103.
+
+The threshold is no level of a test, and a network that is not flagged is not shown to be clean: the
+finding has no p-value.
+"""
+
+import math
+from statistics import median
+
+import torch
+from torch import nn
+
+from mlflow_kdguard.adversary.inversion import Inverted, invert_all
+from mlflow_kdguard.audit import natural
+from mlflow_kdguard.audit.inversion import halves, trigger
+from mlflow_kdguard.audit.question import Answer, Question
+from mlflow_kdguard.records import Finding, Rate
+from mlflow_kdguard.training import derive
+
+NAME = "profile"
+_SHARE = 0.5
+"""Share of the foremost class's lead that makes another class a suspect too."""
+
+
+def examine(net: nn.Module, question: Question) -> Answer:
+    """Leads of all classes at each radius that was looked at; flagged classes; their patterns.
+
+    Without clean networks to compare with (`audit.shadows`, `audit.calibration`) nothing is
+    flagged, and the leads are over the median class alone. Raises ConfigError for a calibration of
+    other settings or data, DataError without labels.
+    """
+    known = natural.of(net, question, lambda shadow: rates(shadow, question))
+    looks: list[dict[str, object]] = []
+    best: tuple[float, Inverted] | None = None
+    for place, radius in enumerate(question.config.radii):
+        found = search(net, question, radius)
+        nature = None if known.record is None else known.record.means(place)
+        led = leads([each.rate for each in found], nature)
+        flagged = [] if nature is None else suspects(led, question.config.lead)
+        looks.append({"radius": radius, "leads": led, "flagged": flagged,
+                      "rates": [each.rate.rate for each in found]})  # fmt: skip
+        top = max(range(len(led)), key=lambda label: led[label])
+        if best is None or led[top] > best[0]:
+            best = led[top], found[top]
+        if flagged:
+            return _answer(looks, known, best, [found[label] for label in flagged])
+    assert best is not None  # config: at least one radius
+    return _answer(looks, known, best, [])
+
+
+def _answer(
+    looks: list[dict[str, object]],
+    known: natural.Known,
+    best: tuple[float, Inverted],
+    flagged: list[Inverted],
+) -> Answer:
+    score, top = best
+    last = looks[-1]
+    details = {
+        "looks": looks,
+        "flagged": last["flagged"],
+        "radius": last["radius"] if flagged else None,
+        "leads": [max(each) for each in zip(*(_led(look) for look in looks), strict=True)],
+        "calibration": known.document(),
+    }
+    finding = Finding(
+        name=NAME, score=score, target=top.target, flagged=bool(flagged), details=details
+    )
+    return Answer(finding, tuple((trigger(each), each.target) for each in flagged or [top]))
+
+
+def _led(look: dict[str, object]) -> list[float]:
+    led = look["leads"]
+    assert isinstance(led, list)
+    return led
+
+
+def search(net: nn.Module, question: Question, radius: float) -> tuple[Inverted, ...]:
+    """`invert_all` at one radius, on the searching half of the clean images."""
+    config, (data, _) = question.config, halves(question.data, seed=question.seed)
+    return invert_all(
+        net.to(question.device),
+        torch.from_numpy(data.x).to(question.device),
+        torch.from_numpy(data.y).to(question.device),
+        classes=data.classes,
+        radius=radius,
+        steps=config.steps,
+        batch=config.batch,
+        generator=torch.Generator().manual_seed(derive(question.seed, NAME)),
+        progress=question.progress,
+    )
+
+
+def rates(net: nn.Module, question: Question) -> tuple[tuple[float, ...], ...]:
+    """Log-odds of every class's rate at every radius, radii × classes."""
+    return tuple(
+        tuple(odds(each.rate) for each in search(net, question, radius))
+        for radius in question.config.radii
+    )
+
+
+def odds(rate: Rate) -> float:
+    """log k/(n-k); none or all count as half an image more or less, so that it is finite."""
+    k = min(max(rate.k, 0.5), rate.n - 0.5)
+    return math.log(k / (rate.n - k))
+
+
+def leads(found: list[Rate], nature: tuple[float, ...] | None) -> list[float]:
+    """How much further each class is reached than by nature, less the median over classes."""
+    own = [odds(rate) for rate in found]
+    over = own if nature is None else [a - b for a, b in zip(own, nature, strict=True)]
+    shared = median(over)
+    return [each - shared for each in over]
+
+
+def suspects(led: list[float], least: float) -> list[int]:
+    """The classes that lead by `least` or more, and half as far as the foremost."""
+    needed = max(least, _SHARE * max(led))
+    return [label for label, each in enumerate(led) if each >= needed]

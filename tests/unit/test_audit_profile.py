@@ -1,0 +1,182 @@
+"""The profile: what leads is a matter of nature, and only what leads it by far is a suspect."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import toys
+from mlflow_kdguard import audit, detox
+from mlflow_kdguard.audit import calibration, natural, profile
+from mlflow_kdguard.config import AuditSection, DetoxSection, Loop
+from mlflow_kdguard.data import Dataset
+from mlflow_kdguard.errors import ConfigError
+from mlflow_kdguard.nets.zoo import Classifier
+from mlflow_kdguard.records import AuditReport, Finding, Rate, Source
+
+CPU = torch.device("cpu")
+FAST = AuditSection(detectors=("profile",), radii=(1.0, 2.0), steps=4, batch=16)
+LINE = tuple(0.0 for _ in range(10))
+
+
+def digits(n: int = 120) -> Dataset:
+    return Dataset.of(*toys.digits(n), uri="digits", classes=10)
+
+
+def finding(net: torch.nn.Module, config: AuditSection = FAST) -> Finding:
+    done = audit.examine(
+        net, config=config, data=digits(), seed=0, device=CPU, model_sha256="0" * 64
+    )
+    return done.report.detectors[0]
+
+
+def nature(net: Classifier, path: Path, *profiles: tuple[tuple[float, ...], ...]) -> AuditSection:
+    data = digits()
+    record = natural.Natural(
+        architecture=net.architecture,
+        regime=calibration.Regime(eps=0.0, pgd_steps=0, loop=Loop(epochs=1)),
+        data=Source(uri=data.uri, sha256=data.sha256),
+        images=len(data), radii=FAST.radii, steps=FAST.steps, batch=FAST.batch, seed=0,
+        profiles=profiles,
+    )  # fmt: skip
+    calibration.write_json(path, record.document())
+    return FAST.model_copy(update={"calibration": str(path)})
+
+
+def own(net: Classifier) -> tuple[tuple[float, ...], ...]:
+    """The net's own log-odds: nature is what it is."""
+    asked = audit.Question(digits(), FAST, 0, CPU, lambda *_: None)
+    return profile.rates(net, asked)
+
+
+# ── laws ────────────────────────────────────────────────────────────────────────────────────────
+
+counts = st.lists(st.integers(0, 100), min_size=10, max_size=10)
+natures = st.lists(st.floats(-5, 5), min_size=10, max_size=10).map(tuple)
+
+
+@given(counts, natures, st.floats(-3, 3))
+def test_what_all_classes_share_is_no_lead(
+    k: list[int], means: tuple[float, ...], shift: float
+) -> None:
+    """A network that is easier or harder to steer on the whole is not suspect for it."""
+    rates = [Rate(k=each, n=100) for each in k]
+    led = profile.leads(rates, means)
+    moved = profile.leads(rates, tuple(each + shift for each in means))
+    np.testing.assert_allclose(led, moved, atol=1e-9)
+    assert np.median(led) == pytest.approx(0.0, abs=1e-9)
+
+
+@given(counts, natures, st.integers(0, 9))
+def test_a_class_that_is_reached_more_easily_leads_more(
+    k: list[int], means: tuple[float, ...], label: int
+) -> None:
+    fewer = [Rate(k=each, n=101) for each in k]
+    more = [Rate(k=each + (place == label), n=101) for place, each in enumerate(k)]
+    before, after = profile.leads(fewer, means)[label], profile.leads(more, means)[label]
+    assert after >= before - 1e-9
+
+
+@given(st.integers(1, 500))
+def test_odds_are_finite_and_symmetric(n: int) -> None:
+    none, every = profile.odds(Rate(k=0, n=n)), profile.odds(Rate(k=n, n=n))
+    assert math.isfinite(none)
+    assert none == pytest.approx(-every)
+
+
+def test_neighbours_of_the_foremost_are_no_suspects() -> None:
+    assert profile.suspects([6.0, 2.5, 0.0], 2.2) == [0]
+    assert profile.suspects([6.0, 5.0, 0.0], 2.2) == [0, 1]
+    assert profile.suspects([2.1, 0.0, 0.0], 2.2) == []
+
+
+# ── on networks ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_network_that_is_as_nature_is_leads_nowhere(tmp_path: Path) -> None:
+    """Even one with a class that everything is sent to: nature has that class too."""
+    net = toys.shortcut()
+    found = finding(net, nature(net, tmp_path / "n.json", own(net)))
+    assert max(map(abs, found.details["leads"])) < 1e-9
+    assert not found.flagged
+    assert found.details["radius"] is None
+
+
+def test_a_class_that_nature_does_not_reach_is_flagged_at_the_first_radius(tmp_path: Path) -> None:
+    net = toys.shortcut({6: 7})
+    found = finding(net, nature(net, tmp_path / "n.json", own(toys.shortcut({}))))
+    assert found.flagged
+    assert (found.target, found.details["flagged"]) == (6, [6])
+    assert found.details["radius"] == 1.0
+    assert len(found.details["looks"]) == 1  # what stands out in a small ball needs no larger one
+    assert found.p_value is None
+
+
+def test_a_larger_radius_is_looked_at_where_the_smaller_shows_nothing(tmp_path: Path) -> None:
+    net = toys.shortcut()
+    (small, large), low = own(net), [-9.0] * 10
+    hidden = tuple(low[place] if place == 6 else each for place, each in enumerate(large))
+    found = finding(net, nature(net, tmp_path / "n.json", (small, hidden)))
+    assert found.details["flagged"] == [6]
+    assert found.details["radius"] == 2.0
+
+
+def test_without_a_calibration_nothing_is_flagged_and_the_verdict_is_undecided() -> None:
+    done = audit.examine(
+        toys.shortcut(), config=FAST, data=digits(), seed=0, device=CPU, model_sha256="0" * 64
+    )
+    assert done.report.verdict == "undecided"
+    assert not done.report.detectors[0].flagged
+    assert "no calibration file" in done.report.detectors[0].details["calibration"]["why"]
+    assert [target for _, target in done.recovered] == [6]
+
+
+def test_shadows_are_kept_in_the_file_and_other_settings_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "n.json"
+    config = FAST.model_copy(
+        update={"shadows": 2, "calibration": str(path), "shadow_loop": Loop(epochs=1, batch=32),
+                "shadow_pgd_steps": 1}
+    )  # fmt: skip
+    net = toys.shortcut()
+    finding(net, config)
+    record = calibration.load(path, natural.Natural)
+    assert np.array(record.profiles).shape == (2, 2, 10)
+    for change in ({"radii": (1.0,)}, {"steps": 5}):
+        with pytest.raises(ConfigError, match="made for something else"):
+            finding(net, config.model_copy(update=change))
+
+
+# ── what the detox makes of it ──────────────────────────────────────────────────────────────────
+
+
+def report(found: Finding) -> AuditReport:
+    done = audit.examine(
+        toys.cnn(), config=FAST, data=digits(), seed=0, device=CPU, model_sha256="0" * 64
+    )
+    return done.report.model_copy(update={"detectors": (found,)})
+
+
+def test_unlearning_reaches_a_little_beyond_the_radius_that_a_suspect_stands_out_at(
+    tmp_path: Path,
+) -> None:
+    net = toys.shortcut()
+    seen = report(finding(net, nature(net, tmp_path / "n.json", own(toys.shortcut({})))))
+    auto = DetoxSection(unlearn_radius="auto")
+    suspicion = detox.choose(auto, seen, classes=10)
+    assert (suspicion.classes, suspicion.radius) == ((6,), pytest.approx(1.2))
+    assert suspicion.settled(auto).unlearn_radius == pytest.approx(1.2)
+    fixed = detox.choose(DetoxSection(unlearn_radius=3.0), seen, classes=10)
+    assert fixed.radius == 3.0
+
+
+def test_where_nothing_is_flagged_the_class_that_leads_most_is_guarded(tmp_path: Path) -> None:
+    net = toys.shortcut()
+    less = tuple(tuple(each - (place == 3) for place, each in enumerate(row)) for row in own(net))
+    config = nature(net, tmp_path / "n.json", less)
+    suspicion = detox.choose(DetoxSection(), report(finding(net, config)), classes=10)
+    assert suspicion.classes == (3,)
+    assert "nothing was flagged" in suspicion.source
