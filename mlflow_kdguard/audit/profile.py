@@ -9,14 +9,19 @@ every clean network of one architecture. So a class's rate of universal inversio
 Taken at growing radii, up to the first at which a class leads by `lead` or more: a small trigger
 stands out in a small ball, in which a trigger that fills the image, or a teacher that was trained
 to resist the search, shows nothing. Flagged are the classes that do, if they lead at least half as
-far as the foremost: a pattern that leads to one class helps its neighbours. Decision 103.
+far as the foremost: a pattern that leads to one class helps its neighbours. Not counted are classes
+that clean networks are sent to by four in five images at that radius: between there and all of them
+lies chance. Decision 103.
 
 The threshold is no level of a test, and a network that is not flagged is not shown to be clean: the
 finding has no p-value.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,6 +36,23 @@ from mlflow_kdguard.training import derive
 NAME = "profile"
 _SHARE = 0.5
 """Share of the foremost class's lead that makes another class a suspect too."""
+_REACHED = math.log(4.0)
+"""Log-odds from which on a class is reached by nature."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Look:
+    """What was found at one radius: each class's pattern and lead, and the flagged classes."""
+
+    radius: float
+    found: tuple[Inverted, ...]
+    leads: list[float | None]
+    flagged: list[int]
+
+    def document(self) -> dict[str, Any]:
+        """For the finding's details."""
+        rates = [each.rate.rate for each in self.found]
+        return {"radius": self.radius, "rates": rates, "leads": self.leads, "flagged": self.flagged}
 
 
 def examine(net: nn.Module, question: Question) -> Answer:
@@ -41,49 +63,48 @@ def examine(net: nn.Module, question: Question) -> Answer:
     other settings or data, DataError without labels.
     """
     known = natural.of(net, question, lambda shadow: rates(shadow, question))
-    looks: list[dict[str, object]] = []
-    best: tuple[float, Inverted] | None = None
+    looks: list[Look] = []
     for place, radius in enumerate(question.config.radii):
         found = search(net, question, radius)
         nature = None if known.record is None else known.record.means(place)
         led = leads([each.rate for each in found], nature)
         flagged = [] if nature is None else suspects(led, question.config.lead)
-        looks.append({"radius": radius, "leads": led, "flagged": flagged,
-                      "rates": [each.rate.rate for each in found]})  # fmt: skip
-        top = max(range(len(led)), key=lambda label: led[label])
-        if best is None or led[top] > best[0]:
-            best = led[top], found[top]
+        looks.append(Look(radius, found, led, flagged))
         if flagged:
-            return _answer(looks, known, best, [found[label] for label in flagged])
-    assert best is not None  # config: at least one radius
-    return _answer(looks, known, best, [])
-
-
-def _answer(
-    looks: list[dict[str, object]],
-    known: natural.Known,
-    best: tuple[float, Inverted],
-    flagged: list[Inverted],
-) -> Answer:
-    score, top = best
-    last = looks[-1]
+            break
+    score, foremost = _foremost(looks)
+    flagged = looks[-1].flagged
     details = {
-        "looks": looks,
-        "flagged": last["flagged"],
-        "radius": last["radius"] if flagged else None,
-        "leads": [max(each) for each in zip(*(_led(look) for look in looks), strict=True)],
+        "looks": [look.document() for look in looks],
+        "flagged": flagged,
+        "radius": looks[-1].radius if flagged else None,
+        "leads": _furthest(looks),
         "calibration": known.document(),
     }
     finding = Finding(
-        name=NAME, score=score, target=top.target, flagged=bool(flagged), details=details
+        name=NAME, score=score, target=foremost.target, flagged=bool(flagged), details=details
     )
-    return Answer(finding, tuple((trigger(each), each.target) for each in flagged or [top]))
+    patterns = [looks[-1].found[label] for label in flagged] or [foremost]
+    return Answer(finding, tuple((trigger(each), each.target) for each in patterns))
 
 
-def _led(look: dict[str, object]) -> list[float]:
-    led = look["leads"]
-    assert isinstance(led, list)
-    return led
+def _foremost(looks: Sequence[Look]) -> tuple[float, Inverted]:
+    """The largest lead and its pattern; where no class counts, the pattern that works best."""
+    pairs = [
+        (lead, each)
+        for look in looks
+        for lead, each in zip(look.leads, look.found, strict=True)
+        if lead is not None
+    ]
+    if not pairs:
+        return 0.0, max(looks[-1].found, key=lambda each: each.rate.rate)
+    return max(pairs, key=lambda pair: pair[0])
+
+
+def _furthest(looks: Sequence[Look]) -> list[float]:
+    """Each class's largest lead; 0 for one that never counts."""
+    told = zip(*(look.leads for look in looks), strict=True)
+    return [max((each for each in led if each is not None), default=0.0) for led in told]
 
 
 def search(net: nn.Module, question: Question, radius: float) -> tuple[Inverted, ...]:
@@ -116,15 +137,19 @@ def odds(rate: Rate) -> float:
     return math.log(k / (rate.n - k))
 
 
-def leads(found: list[Rate], nature: tuple[float, ...] | None) -> list[float]:
-    """How much further each class is reached than by nature, less the median over classes."""
+def leads(found: list[Rate], nature: tuple[float, ...] | None) -> list[float | None]:
+    """How much further each class is reached than by nature, less the median over classes.
+
+    None for a class that clean networks are sent to anyway.
+    """
     own = [odds(rate) for rate in found]
     over = own if nature is None else [a - b for a, b in zip(own, nature, strict=True)]
     shared = median(over)
-    return [each - shared for each in over]
+    counted = [nature is None or each < _REACHED for each in nature or own]
+    return [each - shared if counts else None for each, counts in zip(over, counted, strict=True)]
 
 
-def suspects(led: list[float], least: float) -> list[int]:
+def suspects(led: list[float | None], least: float) -> list[int]:
     """The classes that lead by `least` or more, and half as far as the foremost."""
-    needed = max(least, _SHARE * max(led))
-    return [label for label, each in enumerate(led) if each >= needed]
+    needed = max([least, *(_SHARE * each for each in led if each is not None)])
+    return [label for label, each in enumerate(led) if each is not None and each >= needed]

@@ -74,7 +74,7 @@ class AuditSection(Section):
     steps: Steps = Field(25, description="ascent steps a class")
     batch: int = Field(64, ge=1, description="images a step")
     radii: tuple[Positive, ...] = Field(
-        (2.1, 3.5), min_length=1, description="radii of the profile, one after the other"
+        (2.1, 2.8, 3.5), min_length=1, description="radii of the profile, one after the other"
     )
     lead: Positive = Field(
         2.2, description="log-odds above nature's by which the profile flags a class"
@@ -96,6 +96,9 @@ class DetoxSection(Section):
         ("variance_mask", "unlearn", "margin_cap"), description="detox table rows, in order"
     )
     suspects: tuple[int, ...] | Literal["auto", "all"] = Field("auto", description="to unlearn")
+    unflagged: Literal["likeliest", "none", "all"] = Field(
+        "likeliest", description="whom auto takes where a calibrated audit flags nothing"
+    )
     max_drop: Share = Field(0.02, description="largest loss of clean validation accuracy")
     validation: Share = Field(0.2, description="share of the clean set kept for validation")
     layers: tuple[str, ...] | Literal["auto"] = Field("auto", description="tapped layers")

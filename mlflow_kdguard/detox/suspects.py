@@ -7,7 +7,9 @@ from mlflow_kdguard.config import DetoxSection
 from mlflow_kdguard.errors import ConfigError
 from mlflow_kdguard.records import AuditReport, Finding
 
-NEEDING = frozenset({"unlearn", "margin_cap", "margin_swap"})
+COMBINING = frozenset({"margin_cap", "margin_swap"})
+"""Rows whose reference is the raw teacher but for the suspects."""
+NEEDING = COMBINING | {"unlearn"}
 """Rows of the chain that work on suspect classes."""
 RADIUS = 2.8
 """Where no radius is known at which a suspect stands out."""
@@ -24,17 +26,26 @@ class Suspicion:
     radius: float = RADIUS
 
     def settled(self, config: DetoxSection) -> DetoxSection:
-        """The section with its `auto` radius settled."""
-        return config.model_copy(update={"unlearn_radius": self.radius})
+        """The section with its `auto` radius settled, and without rows that nobody is left for.
+
+        Without suspects cap and swap leave the raw teacher as it is: the chain is empty.
+        """
+        chain = config.chain
+        if not self.classes and COMBINING & set(chain):
+            chain = ()
+        elif not self.classes:
+            chain = tuple(row for row in chain if row not in NEEDING)
+        return config.model_copy(update={"unlearn_radius": self.radius, "chain": chain})
 
 
 def choose(config: DetoxSection, report: AuditReport | None, *, classes: int) -> Suspicion:
     """The suspect classes and where they come from.
 
     Named in the configuration (`all`: every one of `classes`, whatever an audit says); else the
-    classes that the audit flagged; else the class that leads its natural profile furthest, or,
-    without a profile, that universal inversion reaches best. The last is the safe side: an audit
-    without calibration, or one that missed, still leaves the most likely target guarded.
+    classes that the audit flagged; else `config.unflagged`: the likeliest, which is the class that
+    leads its natural profile furthest or, without a profile, that universal inversion reaches best;
+    or every class; or none, if a calibrated detector looked: an audit without calibration still
+    leaves the most likely target guarded.
     A chain without rows that work on suspects (`NEEDING`) needs none. Raises ConfigError where
     one does, nothing was named and no inversion was run.
     """
@@ -55,6 +66,17 @@ def choose(config: DetoxSection, report: AuditReport | None, *, classes: int) ->
     flagged = {label for each in findings for label in each.details.get("flagged", ())}
     if flagged:
         return Suspicion(tuple(sorted(flagged)), "flagged by the audit", radius)
+    return _unflagged(config, findings, radius, classes)
+
+
+def _unflagged(
+    config: DetoxSection, findings: Sequence[Finding], radius: float, classes: int
+) -> Suspicion:
+    if config.unflagged == "all":
+        return Suspicion(tuple(range(classes)), "every class; nothing was flagged", radius)
+    calibrated = any("why" not in each.details.get("calibration", {"why": ""}) for each in findings)
+    if config.unflagged == "none" and calibrated:
+        return Suspicion((), "nobody: a calibrated audit flagged nothing", radius)
     measure, values = _measured(findings)
     best = max(range(len(values)), key=lambda label: values[label])
     return Suspicion((best,), f"largest {measure}; nothing was flagged", radius)
