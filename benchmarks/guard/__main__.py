@@ -8,9 +8,14 @@ bounds, and the value kept; writes benchmarks/results/guard.json. A row in which
 student is not .3 above the clean teacher's student is void, and shown as such. Finished cells are
 kept in --folder: a run that was killed goes on where it was.
 
+Without further words it makes the core table: the rows and guards that the specification's `core`
+names. --full makes all.
+
+--config FILE               another specification (default: spec.yaml beside this file)
 --rows, --guards, --pairs   some of them, separated by commas
 --use                       rows for development, or those held out ("held out")
 --seeds                     the first so many of each pair's
+--jobs                      processes (default: 1)
 --on                        validation: images to choose settings on (default: test)
 --picture FILE              lifts of the valid rows, drawn
 """
@@ -23,7 +28,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.guard import picture
+from benchmarks.guard import picture, sweep
 from benchmarks.guard.cells import CLEAN_TEACHER, FLOORS, JUDGES, NO_TEACHER, NONE, Cells, Judged
 from benchmarks.guard.rows import Guard, Row, chosen, rows
 from benchmarks.guard.scores import Score, score, valid
@@ -40,13 +45,21 @@ def main() -> None:
     """Make the cells, print the tables, record them."""
     given = _options()
     torch.set_num_threads(1)
-    spec = yaml.safe_load(given.spec.read_text())
+    spec = yaml.safe_load(given.config.read_text())
     cells = Cells(given.folder, spec["sets"], on=given.on)
     known = {name: Guard.read(told) for name, told in spec["guards"].items()}
-    guards = {name: known[name] for name in _named(given.guards, list(known))}
+    core = {} if given.full else spec.get("core", {})
+    guards = {name: known[name] for name in _named(given.guards or core.get("guards"), list(known))}
+    asked = any((given.rows, given.pairs, given.use))
+    names, pairs = (given.rows, given.pairs) if asked else (core.get("rows"), core.get("pairs"))
+    picked = [
+        (row, row.seeds[: given.seeds]) for row in chosen(list(rows(spec)), names, pairs, given.use)
+    ]
+    if given.jobs > 1:
+        sweep.make(picked, list(guards.values()), cells, jobs=given.jobs)
     body: dict[str, Any] = {"spec": spec, "on": given.on, "rows": []}
-    for row in chosen(list(rows(spec)), given.rows, given.pairs, given.use):
-        body["rows"].append(_told(cells, row, row.seeds[: given.seeds], guards))
+    for row, seeds in picked:
+        body["rows"].append(_told(cells, row, seeds, guards))
     print(f"wrote {write(given.out, {**machine(), **body})}")
     if given.picture is not None:
         picture.draw(body["rows"], given.picture)
@@ -62,7 +75,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--use")
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--on", choices=JUDGES, default=JUDGES[-1])
-    parser.add_argument("--spec", type=Path, default=HERE / "spec.yaml")
+    parser.add_argument("--config", type=Path, default=HERE / "spec.yaml")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("kdguard-work/guard"))
     parser.add_argument("--out", default="guard.json")
     parser.add_argument("--picture", type=Path)

@@ -49,6 +49,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "server:server",
         "Operate a gated registry: check its settings, read its log, revoke, override.",
     ),
+    "bench": ("bench:bench", "Run a benchmark of the source checkout that you are in."),
     "doctor": ("doctor:doctor", "What is installed, what is missing, what each command needs."),
 }
 """Command -> (module:attribute, help in one line); a test holds it against the command's own."""

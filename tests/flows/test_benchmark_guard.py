@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 def run(folder: Path) -> tuple[str, dict[str, Any]]:
     spec, out = ROOT / "benchmarks" / "guard" / "quick.yaml", folder / "guard.json"
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.guard", "--spec", str(spec), "--folder",
+        [sys.executable, "-m", "benchmarks.guard", "--config", str(spec), "--jobs", "2", "--folder",
          str(folder / "cells"), "--out", str(out)],
         capture_output=True, text=True, check=True, cwd=ROOT, timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

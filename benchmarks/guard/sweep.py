@@ -1,0 +1,72 @@
+"""Cells made by several processes; whoever prints the tables finds them done."""
+
+import signal
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks.guard.cells import CONTROL, FLOORS, Cells
+from benchmarks.guard.rows import Guard, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Everything of one row under one seed."""
+
+    folder: Path
+    sets: Mapping[str, str]
+    row: Row
+    seed: int
+    guards: tuple[Guard, ...]
+
+
+def make(rows: Sequence[tuple[Row, Sequence[int]]], guards: Sequence[Guard], cells: Cells,
+         *, jobs: int) -> None:  # fmt: skip
+    """Make every cell of the rows, `jobs` at a time.
+
+    What all cells of a pair share (the calibration of audits) is made first, here. Ctrl-C ends the
+    processes at once; a cell counts from when it is finished, so that little is lost.
+    """
+    for row, seeds in rows:
+        for guard in guards:
+            cells.calibrated(cells.taught(row, seeds[0]).net(CONTROL), guard.audit)
+    asked = [
+        Work(cells.folder, cells.sets, row, seed, tuple(guards))
+        for row, seeds in rows
+        for seed in seeds
+    ]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_quiet)
+    with Progress(*columns) as shown:
+        task = shown.add_task("rows × seeds", total=len(asked))
+        left: set[Future[None]] = {pool.submit(_one, work) for work in asked}
+        try:
+            while left:
+                done, left = wait(left, return_when=FIRST_COMPLETED)
+                for each in done:
+                    each.result()
+                    shown.advance(task)
+        except BaseException:
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    pool.shutdown()
+
+
+def _quiet() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _one(work: Work) -> None:
+    torch.set_num_threads(1)
+    cells = Cells(work.folder, work.sets)
+    cells.raw(work.row, work.seed)
+    for each in (*FLOORS, *work.guards):
+        cells.judged(work.row, each, work.seed)
