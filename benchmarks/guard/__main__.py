@@ -16,6 +16,7 @@ names. --full makes all.
 --use                       rows for development, or those held out ("held out")
 --seeds                     the first so many of each pair's
 --jobs                      processes (default: 1)
+--device, --data-root       where it runs (default: CUDA where there is one), and where images are
 --on                        validation: images to choose settings on (default: test)
 --picture FILE              lifts of the valid rows, drawn
 """
@@ -26,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from benchmarks.guard import picture, sweep
 from benchmarks.guard.cells import CLEAN_TEACHER, FLOORS, JUDGES, NO_TEACHER, NONE, Cells, Judged
-from benchmarks.guard.rows import Guard, Row, chosen, rows
+from benchmarks.guard.rows import Guard, Row, chosen, rows, specification
 from benchmarks.guard.scores import Score, score, valid
 from benchmarks.record import machine, write
+from mlflow_kdguard import devices
 
 HERE = Path(__file__).parent
 HEAD = (
@@ -45,8 +46,9 @@ def main() -> None:
     """Make the cells, print the tables, record them."""
     given = _options()
     torch.set_num_threads(1)
-    spec = yaml.safe_load(given.config.read_text())
-    cells = Cells(given.folder, spec["sets"], on=given.on)
+    spec = specification(given.config)
+    device = devices.pick(given.device)
+    cells = Cells(given.folder, spec["sets"], on=given.on, device=device, root=given.data_root)
     known = {name: Guard.read(told) for name, told in spec["guards"].items()}
     core = {} if given.full else spec.get("core", {})
     guards = {name: known[name] for name in _named(given.guards or core.get("guards"), list(known))}
@@ -77,6 +79,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--on", choices=JUDGES, default=JUDGES[-1])
     parser.add_argument("--config", type=Path, default=HERE / "spec.yaml")
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--data-root", type=Path)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=Path("kdguard-work/guard"))
     parser.add_argument("--out", default="guard.json")

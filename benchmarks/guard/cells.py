@@ -8,16 +8,15 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
+from benchmarks.guard.kept import CLEAN, CONTROL, DONE, POISONED, TRIGGER, Judged, Taught
 from benchmarks.guard.rows import Guard, Row
 from mlflow_kdguard import data, distill
 from mlflow_kdguard.audit import examine
@@ -33,48 +32,10 @@ from mlflow_kdguard.redteam import contaminate, teach
 from mlflow_kdguard.training import predict, state_sha256
 from mlflow_kdguard.triggers import Trigger
 
-CPU = torch.device("cpu")
-POISONED, CONTROL, CLEAN, TRIGGER, DONE = "poisoned", "control", "clean", "trigger.kdt", "done.json"
 CLEAN_TEACHER, NO_TEACHER, NONE = "clean teacher", "no teacher", "none"
 FLOORS = (CLEAN_TEACHER, NO_TEACHER)
 JUDGES = ("validation", "test")
-
-
-@dataclass(frozen=True, slots=True)
-class Taught:
-    """The attacker's files, and what names them."""
-
-    folder: Path
-    digest: str
-
-    def net(self, name: str) -> zoo.Classifier:
-        """`poisoned`, or `control`: as many epochs without the trigger."""
-        return load.load(self.folder / name / "weights.safetensors", architecture=None)
-
-    @property
-    def trigger(self) -> Trigger:
-        """What the attack puts on images."""
-        return Trigger.load(self.folder / TRIGGER)
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """A network on the judging images: whether each is right (bool N), and whether each image of
-    another class is sent to the target (bool M); and what was noted when it was made."""
-
-    right: NDArray[np.bool_]
-    sent: NDArray[np.bool_]
-    told: dict[str, Any]
-
-    @property
-    def accuracy(self) -> float:
-        """Share of images that are right."""
-        return float(self.right.mean())
-
-    @property
-    def asr(self) -> float:
-        """Share of other classes' images that are sent to the target."""
-        return float(self.sent.mean())
+IMAGES = ("train", "clean", "judges")
 
 
 class Cells:
@@ -83,23 +44,33 @@ class Cells:
     Whatever is made is judged on both, so that what was tuned on one need not be made again.
     """
 
-    def __init__(self, folder: Path, sets: Mapping[str, str], *, on: str = "test") -> None:
-        self.folder, self.sets, self.on = folder, sets, on
+    def __init__(
+        self, folder: Path, sets: Mapping[str, str], *, on: str = "test",
+        device: torch.device | None = None, root: Path | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.sets, self.on, self.root = folder, sets, on, root
+        self.device = torch.device("cpu") if device is None else device
+        # Other arithmetic makes other cells; those of a CPU are not named, as they came first.
+        self.where = {} if self.device.type == "cpu" else {"device": self.device.type}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without images, which another process reads for itself."""
+        return {name: each for name, each in vars(self).items() if name not in IMAGES}
 
     @cached_property
     def train(self) -> Dataset:
         """What teachers learn from, and the clean part of the transfer set."""
-        return data.load(self.sets["train"])
+        return data.load(self.sets["train"], root=self.root)
 
     @cached_property
     def clean(self) -> Dataset:
         """The defender's labelled images."""
-        return data.load(self.sets["clean"])
+        return data.load(self.sets["clean"], root=self.root)
 
     @cached_property
     def judges(self) -> dict[str, Dataset]:
         """The images that everything is judged on, by name."""
-        return {name: data.load(self.sets[name]) for name in JUDGES}
+        return {name: data.load(self.sets[name], root=self.root) for name in JUDGES}
 
     @property
     def _judge_digests(self) -> dict[str, str]:
@@ -108,14 +79,14 @@ class Cells:
     def taught(self, row: Row, seed: int) -> Taught:
         """The poisoned teacher of a row, its control and its trigger."""
         told = {"section": row.teacher.model_dump(mode="json"), "seed": seed,
-                "train": self.train.sha256}  # fmt: skip
+                "train": self.train.sha256, **self.where}  # fmt: skip
         digest = digest_json(told)[:24]
         folder = self.folder / "teachers" / digest
 
         def make(place: Path) -> dict[str, Any]:
             shared = self._shared(row, seed, place)
             began = time.process_time()
-            made = teach(row.teacher, seed=seed, device=CPU, folder=place, data=self.train)
+            made = teach(row.teacher, seed=seed, device=self.device, folder=place, data=self.train)
             seconds = time.process_time() - began
             for name, net in ((POISONED, made.poisoned), (CONTROL, made.control)):
                 load.save(net, place / name)
@@ -131,7 +102,7 @@ class Cells:
         section = row.teacher.model_dump(
             mode="json", include={"arch", "eps", "pgd_steps", "clean_loop", "poison_loop"}
         )
-        key = {"section": section, "seed": seed, "train": self.train.sha256}
+        key = {"section": section, "seed": seed, "train": self.train.sha256, **self.where}
         shared = self.folder / "clean" / digest_json(key)[:24]
         place.mkdir(parents=True, exist_ok=True)
         for name in (CLEAN, CONTROL):
@@ -147,7 +118,7 @@ class Cells:
             self._judge(place, taught.net(POISONED), taught.trigger, row.teacher.target)
             return {}
 
-        told = {"raw": taught.digest, **self._judge_digests}
+        told = {"raw": taught.digest, **self._judge_digests, **self.where}
         return self._read(_once(self.folder / "raw" / digest_json(told)[:24], make))
 
     def audited(
@@ -155,13 +126,13 @@ class Cells:
     ) -> tuple[AuditReport, float]:
         """What the detectors say of a network, and the seconds that it took them."""
         told = {"net": state_sha256(net), "seed": seed, "clean": self.clean.sha256,
-                "audit": audit.model_dump(mode="json")}  # fmt: skip
+                "audit": audit.model_dump(mode="json"), **self.where}  # fmt: skip
         calibrated = self.calibrated(net, audit)
 
         def make(_: Path) -> dict[str, Any]:
             began = time.process_time()
             found = examine(net, data=self.clean, config=calibrated, model_sha256=told["net"],
-                            seed=seed, device=CPU)  # fmt: skip
+                            seed=seed, device=self.device)  # fmt: skip
             seconds = time.process_time() - began
             return {**told, "report": found.report.model_dump(mode="json"), "seconds": seconds}
 
@@ -175,14 +146,15 @@ class Cells:
         if not audit.shadows:
             return audit
         told = {"architecture": net.architecture.model_dump(mode="json"),
-                "clean": self.clean.sha256, "audit": audit.model_dump(mode="json")}  # fmt: skip
+                "clean": self.clean.sha256, "audit": audit.model_dump(mode="json"),
+                **self.where}  # fmt: skip
         name = f"{digest_json(told)[:24]}.json"
 
         def make(place: Path) -> dict[str, Any]:
             config = audit.model_copy(update={"calibration": str(place / name)})
             began = time.process_time()
             examine(net, data=self.clean, config=config, model_sha256=state_sha256(net), seed=0,
-                    device=CPU)  # fmt: skip
+                    device=self.device)  # fmt: skip
             return {**told, "seconds": time.process_time() - began}
 
         place = _once(self.folder / "calibrations" / digest_json(told)[:24], make)
@@ -195,7 +167,7 @@ class Cells:
             "teacher": taught.digest, "seed": seed, "contamination": row.contamination,
             "guard": guard if isinstance(guard, str) else guard.document(),
             "student": row.student.model_dump(mode="json"),
-            "clean": self.clean.sha256, **self._judge_digests,
+            "clean": self.clean.sha256, **self._judge_digests, **self.where,
         }  # fmt: skip
 
         def make(place: Path) -> dict[str, Any]:
@@ -227,7 +199,7 @@ class Cells:
         began = time.process_time()
         done = cleanse(
             teacher, self.clean, suspects=suspicion.classes, suspects_from=suspicion.source,
-            config=suspicion.settled(guard.detox), seed=seed, device=CPU,
+            config=suspicion.settled(guard.detox), seed=seed, device=self.device,
         )  # fmt: skip
         spent = {"audit": seconds, "detox": time.process_time() - began}
         outcomes = [step.outcome for step in done.record.steps]
@@ -247,7 +219,7 @@ class Cells:
         began = time.process_time()
         done = cleanse(
             student, self.clean, suspects=suspicion.classes, config=suspicion.settled(detox),
-            seed=seed, device=CPU,
+            seed=seed, device=self.device,
         )  # fmt: skip
         return done.reference, spent + time.process_time() - began
 
@@ -272,7 +244,7 @@ class Cells:
                 update={"loss": "none", "label_weight": 1.0, "epochs": epochs}
             )
         distill.train(
-            student, reference, transfer, self.clean, config=config, seed=seed, device=CPU
+            student, reference, transfer, self.clean, config=config, seed=seed, device=self.device
         )
         return student
 
@@ -281,8 +253,8 @@ class Cells:
     ) -> None:
         for name, images in self.judges.items():
             others = images.x[images.y != target]
-            right = predict(net, images.x, device=CPU).argmax(1) == images.y
-            sent = predict(net, trigger.apply(others), device=CPU).argmax(1) == target
+            right = predict(net, images.x, device=self.device).argmax(1) == images.y
+            sent = predict(net, trigger.apply(others), device=self.device).argmax(1) == target
             np.savez_compressed(place / f"{what}{name}.npz", right=right, sent=sent)
 
     def _read(self, folder: Path) -> Judged:

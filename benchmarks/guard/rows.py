@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from benchmarks.guard.instances import drawn
 from mlflow_kdguard.config import AuditSection, DetoxSection, DistillSection, RedteamSection
@@ -61,6 +64,26 @@ class Guard:
             "detox": self.detox.model_dump(mode="json"), "student": dict(self.student),
             "after": after, "of_clean": self.of_clean, **audit,
         }  # fmt: skip
+
+
+def specification(path: Path) -> dict[str, Any]:
+    """A specification; one that `extends` another (relative to itself) says what is different.
+
+    Mappings are merged, null takes an entry away, anything else replaces what was there.
+    """
+    told: dict[str, Any] = yaml.safe_load(path.read_text())
+    base = told.pop("extends", None)
+    if base is None:
+        return told
+    merged: dict[str, Any] = _merged(specification(path.parent / base), told)
+    return merged
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    merged = {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
+    return {key: value for key, value in merged.items() if key == "instances" or value is not None}
 
 
 def rows(spec: Mapping[str, Any]) -> Iterator[Row]:

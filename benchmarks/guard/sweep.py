@@ -1,16 +1,16 @@
 """Cells made by several processes; whoever prints the tables finds them done."""
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.guard.cells import CONTROL, FLOORS, Cells
+from benchmarks.guard.cells import FLOORS, Cells
+from benchmarks.guard.kept import CONTROL
 from benchmarks.guard.rows import Guard, Row
 
 
@@ -18,8 +18,7 @@ from benchmarks.guard.rows import Guard, Row
 class Work:
     """Everything of one row under one seed."""
 
-    folder: Path
-    sets: Mapping[str, str]
+    cells: Cells
     row: Row
     seed: int
     guards: tuple[Guard, ...]
@@ -35,11 +34,7 @@ def make(rows: Sequence[tuple[Row, Sequence[int]]], guards: Sequence[Guard], cel
     for row, seeds in rows:
         for guard in guards:
             cells.calibrated(cells.taught(row, seeds[0]).net(CONTROL), guard.audit)
-    asked = [
-        Work(cells.folder, cells.sets, row, seed, tuple(guards))
-        for row, seeds in rows
-        for seed in seeds
-    ]
+    asked = [Work(cells, row, seed, tuple(guards)) for row, seeds in rows for seed in seeds]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeRemainingColumn())  # fmt: skip
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_quiet)
@@ -66,7 +61,6 @@ def _quiet() -> None:
 
 def _one(work: Work) -> None:
     torch.set_num_threads(1)
-    cells = Cells(work.folder, work.sets)
-    cells.raw(work.row, work.seed)
+    work.cells.raw(work.row, work.seed)
     for each in (*FLOORS, *work.guards):
-        cells.judged(work.row, each, work.seed)
+        work.cells.judged(work.row, each, work.seed)

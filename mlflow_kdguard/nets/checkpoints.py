@@ -33,14 +33,18 @@ def from_safetensors(data: bytes, *, where: str) -> Tensors:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    if data[:1] == b"\x80" or zipfile.is_zipfile(io.BytesIO(data)):
-        raise UnsafeModelError(
-            f"{where} is called safetensors and is a pickle or an archive.",
-            remedy=advice.remedy(where),
-        )
+    unsafe = UnsafeModelError(
+        f"{where} is called safetensors and is a pickle or an archive.",
+        remedy=advice.remedy(where),
+    )
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        raise unsafe
     try:
         return checked(load(data), where=where)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+        # Not before: a header of 128 bytes more than a multiple of 256 begins as pickles do.
+        if data[:1] == b"\x80":
+            raise unsafe from error
         raise ModelError(
             f"{where} is not a valid safetensors file: {_line(error)}.", remedy=_DAMAGED
         ) from error

@@ -17,7 +17,7 @@ from torch import nn
 
 import toys
 from mlflow_kdguard.errors import ModelError, NonFiniteError, UnsafeModelError
-from mlflow_kdguard.nets import load, zoo
+from mlflow_kdguard.nets import checkpoints, load, zoo
 
 
 class Payload:
@@ -210,3 +210,15 @@ def test_flipped_bytes_never_raise_anything_else() -> None:
             except ModelError:
                 continue
             assert isinstance(back, zoo.Classifier)
+
+
+def test_a_header_that_begins_as_a_pickle_does_is_still_safetensors() -> None:
+    """One safetensors file in 32 has a header of 128 bytes more than a multiple of 256."""
+    weights = {"w": torch.arange(3.0)}
+    sizes = {}
+    for length in range(0, 400, 4):
+        data = to_safetensors(weights, {"note": "x" * length})
+        sizes[data[0]] = data
+    assert 0x80 in sizes
+    found = checkpoints.from_safetensors(sizes[0x80], where="w.safetensors")
+    assert torch.equal(found["w"], weights["w"])
