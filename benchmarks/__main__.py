@@ -6,6 +6,8 @@ smooth    smoothed pairs of residual networks, Fashion-MNIST   about 20 minutes
 soundness bounds against attacks and enumeration, random nets  about 20 minutes
 audit     what calibrates universal inversion, mnist5k         about 15 minutes
 
+`python -m benchmarks.guard` (or `kdguard bench guard`) holds guards against attacks that survive
+distillation: two hours with --jobs 2; it goes on where it was stopped.
 `python -m benchmarks.faithful` compares losses and recipes of training: hours; it goes on where it
 was stopped. `python -m benchmarks.proof --reference R --student S` checks and alters proofs of
 bounds; `python -m benchmarks.solvers` has our bounds beside those of an integer program;

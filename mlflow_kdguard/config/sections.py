@@ -1,8 +1,8 @@
 """The sections of a configuration: one frozen model a stage, with types, limits and defaults."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mlflow_kdguard.config.base import Loop, Positive, Section, Share, Steps, Verifiable
 from mlflow_kdguard.files import digest_json
@@ -87,6 +87,15 @@ class AuditSection(Section):
     shadow_eps: float = Field(0.02, ge=0, description="l_inf radius of their Madry training")
     shadow_pgd_steps: Steps = Field(3, description="inner steps of their Madry training")
     alpha: Share = Field(0.05, description="level at which the verdict is suspect")
+
+    @model_validator(mode="after")
+    def _one_file_serves_one(self) -> Self:
+        if self.calibration is not None and {"inversion", "profile"} <= set(self.detectors):
+            raise ValueError(
+                "a calibration file serves inversion or profile, not both: name one of them in "
+                "detectors, or leave the file out"
+            )
+        return self
 
 
 class DetoxSection(Section):

@@ -162,6 +162,11 @@ def test_shadows_are_kept_in_the_file_and_other_settings_are_refused(tmp_path: P
             finding(net, config.model_copy(update=change))
 
 
+def test_one_calibration_file_serves_one_detector() -> None:
+    with pytest.raises(ValueError, match="inversion or profile, not both"):
+        AuditSection(detectors=("inversion", "profile"), calibration="x.json")
+
+
 # ── what the detox makes of it ──────────────────────────────────────────────────────────────────
 
 

@@ -22,6 +22,13 @@ from mlflow_kdguard_cli.sections import section
     help="What exit code 0 means; suspect is always 3.",
 )
 @click.option(
+    "--detector",
+    "detectors",
+    multiple=True,
+    help="Detector to ask; repeat for more (default: variance, inversion). profile compares each "
+    "class with itself in clean networks.",
+)
+@click.option(
     "--calibration",
     type=click.Path(path_type=Path),
     help="Calibration file; without one, the verdict of inversion is undecided.",
@@ -32,6 +39,11 @@ from mlflow_kdguard_cli.sections import section
     default=0,
     show_default=True,
     help="Train this many clean shadow networks to calibrate (19 allow p = 0.05).",
+)
+@click.option(
+    "--shadow-eps",
+    type=click.FloatRange(min=0),
+    help="l_inf radius of the shadows' adversarial training (default: 0.02); 0 trains plainly.",
 )
 @click.option(
     "--radius",
@@ -59,6 +71,7 @@ def audit(**flags: Any) -> int:
     \b
     kdguard audit teacher.onnx --data mnist5k#train[3500:]
     kdguard audit models:/teacher/1 --data npz:clean.npz --trigger patch.kdt:0 --require clean
+    kdguard audit teacher/ --data mnist5k#train[3500:] --detector profile --shadows 12
     """
     from mlflow_kdguard import data, devices
     from mlflow_kdguard.audit import examine
@@ -88,7 +101,9 @@ def _section(flags: dict[str, Any]) -> Any:
 
     calibration = flags["calibration"]
     given = {
+        "detectors": flags["detectors"] or None,
         "radius": flags["radius"],
+        "shadow_eps": flags["shadow_eps"],
         "shadows": flags["shadows"] or None,
         "calibration": None if calibration is None else str(calibration),
     }
