@@ -204,8 +204,11 @@ def test_a_run_that_the_server_does_not_know_is_begun_anew(
         "detox.chain=[variance_mask]; audit.detectors=[variance]",
         "detox.chain=[margin_cap]; distill.loss=sd; distill.amp=bfloat16; data.labelled=true",
         "detox.chain=[unlearn, margin_cap]; detox.suspects=[3, 5]; distill.channels_last=true",
+        "audit.detectors=[profile]; audit.shadows=2; audit.shadow_loop.epochs=1; audit.lead=99; "
+        "detox.chain=[unlearn, margin_swap]; detox.unflagged=none; detox.unlearn_radius=auto",
+        "detox.chain=[unlearn, margin_swap]; detox.suspects=all",
     ],
-    ids=["mask alone", "cap alone", "two suspects"],
+    ids=["mask alone", "cap alone", "two suspects", "nobody is suspect", "everybody is suspect"],
 )
 def test_variants(place: Path, changes: str) -> None:
     assert _run("--set", changes) == REFUSED
