@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks.guard.cells import FLOORS, Cells
@@ -38,7 +39,7 @@ def make(rows: Sequence[tuple[Row, Sequence[int]]], guards: Sequence[Guard], cel
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeRemainingColumn())  # fmt: skip
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_quiet)
-    with Progress(*columns) as shown:
+    with Progress(*columns, console=Console(stderr=True)) as shown:
         task = shown.add_task("rows × seeds", total=len(asked))
         left: set[Future[None]] = {pool.submit(_one, work) for work in asked}
         try:
