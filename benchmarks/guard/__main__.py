@@ -22,18 +22,21 @@ names. --full makes all.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.guard import picture, sweep
+from benchmarks.guard import picture, specification, sweep
 from benchmarks.guard.cells import CLEAN_TEACHER, FLOORS, JUDGES, NO_TEACHER, NONE, Cells, Judged
-from benchmarks.guard.rows import Guard, Row, chosen, rows, specification
+from benchmarks.guard.rows import Guard, Row, chosen, rows
+from benchmarks.guard.rows import guards as guards_of
 from benchmarks.guard.scores import Score, score, valid
 from benchmarks.record import machine, write
 from mlflow_kdguard import devices
+from mlflow_kdguard.errors import KDGuardError, UsageError
 
 HERE = Path(__file__).parent
 HEAD = (
@@ -43,13 +46,24 @@ HEAD = (
 
 
 def main() -> None:
-    """Make the cells, print the tables, record them."""
+    """Make the cells, print the tables, record them; end with the command line's exit codes."""
     given = _options()
+    try:
+        _run(given)
+    except KDGuardError as error:
+        print(f"error: {error.message}\n  {error.remedy}".rstrip(), file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"interrupted; finished cells are kept in {given.folder}.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(given: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    spec = specification(given.config)
+    spec = specification.read(given.config)
     device = devices.pick(given.device)
     cells = Cells(given.folder, spec["sets"], on=given.on, device=device, root=given.data_root)
-    known = {name: Guard.read(told) for name, told in spec["guards"].items()}
+    known = guards_of(spec)
     core = {} if given.full else spec.get("core", {})
     guards = {name: known[name] for name in _named(given.guards or core.get("guards"), list(known))}
     asked = any((given.rows, given.pairs, given.use))
@@ -75,24 +89,32 @@ def _options() -> argparse.Namespace:
     for name in ("rows", "guards", "pairs"):
         parser.add_argument(f"--{name}", type=lambda text: text.split(","))
     parser.add_argument("--use")
-    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--seeds", type=_count)
     parser.add_argument("--on", choices=JUDGES, default=JUDGES[-1])
     parser.add_argument("--config", type=Path, default=HERE / "spec.yaml")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--jobs", type=_count, default=1)
     parser.add_argument("--folder", type=Path, default=Path("kdguard-work/guard"))
     parser.add_argument("--out", default="guard.json")
     parser.add_argument("--picture", type=Path)
     return parser.parse_args()
 
 
+def _count(text: str) -> int:
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{count} is less than 1")
+    return count
+
+
 def _named(asked: Sequence[str] | None, known: list[str]) -> list[str]:
     """The guards that were asked for, after none at all, which every score needs."""
     unknown = set(asked or ()) - set(known)
     if unknown:
-        raise SystemExit(f"no guard {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+        raise UsageError(
+            f"there is no guard {', '.join(sorted(unknown))}.", remedy=f"Known: {', '.join(known)}."
+        )
     return [name for name in known if name == NONE or asked is None or name in asked]
 
 

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.guard.instances import drawn
+from benchmarks.guard.specification import section
 from mlflow_kdguard.config import AuditSection, DetoxSection, DistillSection, RedteamSection
+from mlflow_kdguard.errors import ConfigError, UsageError
 
 HELD_OUT = "held out"
 INVERSION = AuditSection(detectors=("inversion",))
@@ -52,38 +51,32 @@ class Guard:
         student, after = rest.pop("student", {}), rest.pop("after", None)
         of_clean, audit = rest.pop("of_clean", False), rest.pop("audit", None)
         return cls(
-            DetoxSection(**rest), INVERSION if audit is None else AuditSection(**audit), student,
-            None if after is None else DetoxSection(**after), of_clean,
+            section(DetoxSection, rest),
+            INVERSION if audit is None else section(AuditSection, audit), student,
+            None if after is None else section(DetoxSection, after), of_clean,
         )  # fmt: skip
 
     def document(self) -> dict[str, Any]:
         """All that a student follows from."""
         after = None if self.after is None else self.after.model_dump(mode="json")
-        audit = {} if self.audit == INVERSION else {"audit": self.audit.model_dump(mode="json")}
+        told = self.audit.model_dump(mode="json")
+        audit = {} if self.audit == INVERSION else {"audit": told}
         return {
             "detox": self.detox.model_dump(mode="json"), "student": dict(self.student),
             "after": after, "of_clean": self.of_clean, **audit,
         }  # fmt: skip
 
 
-def specification(path: Path) -> dict[str, Any]:
-    """A specification; one that `extends` another (relative to itself) says what is different.
-
-    Mappings are merged, null takes an entry away, anything else replaces what was there.
-    """
-    told: dict[str, Any] = yaml.safe_load(path.read_text())
-    base = told.pop("extends", None)
-    if base is None:
-        return told
-    merged: dict[str, Any] = _merged(specification(path.parent / base), told)
-    return merged
-
-
-def _merged(old: Any, new: Any) -> Any:
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return new
-    merged = {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
-    return {key: value for key, value in merged.items() if key == "instances" or value is not None}
+def guards(spec: Mapping[str, Any]) -> dict[str, Guard]:
+    """All guards of the specification; one that is told `as` another says what is different."""
+    found = {}
+    for name, told in spec["guards"].items():
+        own = {**told}
+        base = own.pop("as", None)
+        if base is not None and base not in spec["guards"]:
+            raise ConfigError(f"guard {name!r} is told as {base!r}, which there is not.")
+        found[name] = Guard.read(own if base is None else {**spec["guards"][base], **own})
+    return found
 
 
 def rows(spec: Mapping[str, Any]) -> Iterator[Row]:
@@ -92,18 +85,19 @@ def rows(spec: Mapping[str, Any]) -> Iterator[Row]:
     for pair, told in spec["pairs"].items():
         for name, attack in attacks.items():
             changes = {"teacher": {}, "use": HELD_OUT, **attack}
-            section = {key: changes[key] for key in ("attack", "target", "options", "poison_rate")
+            own = {key: changes[key] for key in ("attack", "target", "options", "poison_rate")
                        if key in changes}  # fmt: skip
-            teacher = {**told["teacher"], **section, **changes["teacher"]}
+            teacher = {**told["teacher"], **own, **changes["teacher"]}
             yield Row(
-                name, pair, changes["use"], tuple(told["seeds"]), RedteamSection(**teacher),
-                DistillSection(**told["student"]), changes["contamination"],
+                name, pair, changes["use"], tuple(told["seeds"]),
+                section(RedteamSection, teacher), section(DistillSection, told["student"]),
+                changes["contamination"],
             )  # fmt: skip
 
 
 def chosen(all_rows: Sequence[Row], names: Sequence[str] | None, pairs: Sequence[str] | None,
            use: str | None) -> list[Row]:  # fmt: skip
-    """The rows that were asked for; SystemExit names what is unknown."""
+    """The rows that were asked for; UsageError names what is unknown."""
     for what, asked, known in (
         ("row", names, {row.name for row in all_rows}),
         ("pair", pairs, {row.pair for row in all_rows}),
@@ -111,8 +105,9 @@ def chosen(all_rows: Sequence[Row], names: Sequence[str] | None, pairs: Sequence
     ):
         unknown = set(asked or ()) - known
         if unknown:
-            raise SystemExit(
-                f"no {what} {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}"
+            raise UsageError(
+                f"there is no {what} {', '.join(sorted(unknown))}.",
+                remedy=f"Known: {', '.join(sorted(known))}.",
             )
     return [
         row for row in all_rows

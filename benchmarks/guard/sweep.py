@@ -1,6 +1,7 @@
 """Cells made by several processes; whoever prints the tables finds them done."""
 
 import signal
+import sys
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -32,9 +33,7 @@ def make(rows: Sequence[tuple[Row, Sequence[int]]], guards: Sequence[Guard], cel
     What all cells of a pair share (the calibration of audits) is made first, here. Ctrl-C ends the
     processes at once; a cell counts from when it is finished, so that little is lost.
     """
-    for row, seeds in rows:
-        for guard in guards:
-            cells.calibrated(cells.taught(row, seeds[0]).net(CONTROL), guard.audit)
+    _calibrate(rows, guards, cells)
     asked = [Work(cells, row, seed, tuple(guards)) for row, seeds in rows for seed in seeds]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeRemainingColumn())  # fmt: skip
@@ -54,6 +53,18 @@ def make(rows: Sequence[tuple[Row, Sequence[int]]], guards: Sequence[Guard], cel
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     pool.shutdown()
+
+
+def _calibrate(
+    rows: Sequence[tuple[Row, Sequence[int]]], guards: Sequence[Guard], cells: Cells
+) -> None:
+    audits = [guard.audit for guard in guards if guard.audit.shadows]
+    first = {row.pair: (row, seeds[0]) for row, seeds in reversed(rows)}
+    for pair, (row, seed) in first.items() if audits else ():
+        print(f"clean networks for the audits of {pair}: minutes, once", file=sys.stderr)
+        net = cells.taught(row, seed).net(CONTROL)
+        for audit in audits:
+            cells.calibrated(net, audit)
 
 
 def _quiet() -> None:

@@ -27,10 +27,13 @@ def examine(net: nn.Module, question: Question) -> Answer:
 
     Raises ConfigError for a calibration of other settings or data, DataError without labels.
     """
-    found = search(net, question)
+    radius = question.config.radius
+    found = search(net, question, radius=radius)
     rates = [each.rate.rate for each in found]
     top = max(range(len(rates)), key=lambda label: rates[label])
-    null = calibration.null_of(net, question, lambda shadow: statistic(search(shadow, question)))
+    null = calibration.null_of(
+        net, question, lambda shadow: statistic(search(shadow, question, radius=radius))
+    )
     p_values = None if null.record is None else [null.record.p_value(rate) for rate in rates]
     alpha = question.config.alpha
     flagged = [label for label, p in enumerate(p_values or ()) if p <= alpha]
@@ -53,18 +56,21 @@ def examine(net: nn.Module, question: Question) -> Answer:
     return Answer(finding, tuple((trigger(found[t]), t) for t in flagged or [top]))
 
 
-def search(net: nn.Module, question: Question) -> tuple[Inverted, ...]:
-    """`invert_all` on the searching half of the clean images, under the question's seed."""
+def search(
+    net: nn.Module, question: Question, *, radius: float, detector: str = NAME
+) -> tuple[Inverted, ...]:
+    """`invert_all` at one radius on the searching half of the clean images, under a seed that the
+    question and the detector's name tell."""
     config, (data, _) = question.config, halves(question.data, seed=question.seed)
     return invert_all(
         net.to(question.device),
         torch.from_numpy(data.x).to(question.device),
         torch.from_numpy(data.y).to(question.device),
         classes=data.classes,
-        radius=config.radius,
+        radius=radius,
         steps=config.steps,
         batch=config.batch,
-        generator=torch.Generator().manual_seed(derive(question.seed, NAME)),
+        generator=torch.Generator().manual_seed(derive(question.seed, detector)),
         progress=question.progress,
     )
 

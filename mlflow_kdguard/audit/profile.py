@@ -23,15 +23,13 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import torch
 from torch import nn
 
-from mlflow_kdguard.adversary.inversion import Inverted, invert_all
+from mlflow_kdguard.adversary.inversion import Inverted
 from mlflow_kdguard.audit import natural
-from mlflow_kdguard.audit.inversion import halves, trigger
+from mlflow_kdguard.audit.inversion import search, trigger
 from mlflow_kdguard.audit.question import Answer, Question
 from mlflow_kdguard.records import Finding, Rate
-from mlflow_kdguard.training import derive
 
 NAME = "profile"
 _SHARE = 0.5
@@ -65,7 +63,7 @@ def examine(net: nn.Module, question: Question) -> Answer:
     known = natural.of(net, question, lambda shadow: rates(shadow, question))
     looks: list[Look] = []
     for place, radius in enumerate(question.config.radii):
-        found = search(net, question, radius)
+        found = search(net, question, radius=radius, detector=NAME)
         nature = None if known.record is None else known.record.means(place)
         led = leads([each.rate for each in found], nature)
         flagged = [] if nature is None else suspects(led, question.config.lead)
@@ -79,6 +77,7 @@ def examine(net: nn.Module, question: Question) -> Answer:
         "flagged": flagged,
         "radius": looks[-1].radius if flagged else None,
         "leads": _furthest(looks),
+        "unseen": _unseen(looks),
         "calibration": known.document(),
     }
     finding = Finding(
@@ -101,32 +100,22 @@ def _foremost(looks: Sequence[Look]) -> tuple[float, Inverted]:
     return max(pairs, key=lambda pair: pair[0])
 
 
+def _unseen(looks: Sequence[Look]) -> list[int]:
+    """The classes that counted at no radius: a backdoor to one of them would not be seen."""
+    told = list(zip(*(look.leads for look in looks), strict=True))
+    return [label for label, led in enumerate(told) if all(each is None for each in led)]
+
+
 def _furthest(looks: Sequence[Look]) -> list[float]:
     """Each class's largest lead; 0 for one that never counts."""
     told = zip(*(look.leads for look in looks), strict=True)
     return [max((each for each in led if each is not None), default=0.0) for led in told]
 
 
-def search(net: nn.Module, question: Question, radius: float) -> tuple[Inverted, ...]:
-    """`invert_all` at one radius, on the searching half of the clean images."""
-    config, (data, _) = question.config, halves(question.data, seed=question.seed)
-    return invert_all(
-        net.to(question.device),
-        torch.from_numpy(data.x).to(question.device),
-        torch.from_numpy(data.y).to(question.device),
-        classes=data.classes,
-        radius=radius,
-        steps=config.steps,
-        batch=config.batch,
-        generator=torch.Generator().manual_seed(derive(question.seed, NAME)),
-        progress=question.progress,
-    )
-
-
 def rates(net: nn.Module, question: Question) -> tuple[tuple[float, ...], ...]:
     """Log-odds of every class's rate at every radius, radii × classes."""
     return tuple(
-        tuple(odds(each.rate) for each in search(net, question, radius))
+        tuple(odds(each.rate) for each in search(net, question, radius=radius, detector=NAME))
         for radius in question.config.radii
     )
 

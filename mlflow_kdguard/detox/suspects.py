@@ -19,22 +19,25 @@ _BEYOND = 1.2
 
 @dataclass(frozen=True, slots=True)
 class Suspicion:
-    """The suspect classes, where they come from, and the radius of unlearning."""
+    """The suspect classes, where they come from, and the radius of unlearning.
+
+    `aside`: a calibrated audit saw nobody, and the guard is to leave the teacher alone.
+    """
 
     classes: tuple[int, ...]
     source: str
     radius: float = RADIUS
+    aside: bool = False
 
     def settled(self, config: DetoxSection) -> DetoxSection:
-        """The section with its `auto` radius settled, and without rows that nobody is left for.
+        """The section with its `auto` radius settled, and, `aside`, without rows for suspects.
 
         Without suspects cap and swap leave the raw teacher as it is: the chain is empty.
         """
         chain = config.chain
-        if not self.classes and COMBINING & set(chain):
-            chain = ()
-        elif not self.classes:
-            chain = tuple(row for row in chain if row not in NEEDING)
+        if self.aside:
+            left = tuple(row for row in chain if row not in NEEDING)
+            chain = () if COMBINING & set(chain) else left
         return config.model_copy(update={"unlearn_radius": self.radius, "chain": chain})
 
 
@@ -44,8 +47,8 @@ def choose(config: DetoxSection, report: AuditReport | None, *, classes: int) ->
     Named in the configuration (`all`: every one of `classes`, whatever an audit says); else the
     classes that the audit flagged; else `config.unflagged`: the likeliest, which is the class that
     leads its natural profile furthest or, without a profile, that universal inversion reaches best;
-    or every class; or none, if a calibrated detector looked: an audit without calibration still
-    leaves the most likely target guarded.
+    or every class; or none, if a detector looked that is calibrated for every class: any other
+    audit still leaves the most likely target guarded.
     A chain without rows that work on suspects (`NEEDING`) needs none. Raises ConfigError where
     one does, nothing was named and no inversion was run.
     """
@@ -74,12 +77,17 @@ def _unflagged(
 ) -> Suspicion:
     if config.unflagged == "all":
         return Suspicion(tuple(range(classes)), "every class; nothing was flagged", radius)
-    calibrated = any("why" not in each.details.get("calibration", {"why": ""}) for each in findings)
-    if config.unflagged == "none" and calibrated:
-        return Suspicion((), "nobody: a calibrated audit flagged nothing", radius)
+    if config.unflagged == "none" and any(map(_saw_everything, findings)):
+        return Suspicion((), "nobody: a calibrated audit flagged nothing", radius, aside=True)
     measure, values = _measured(findings)
     best = max(range(len(values)), key=lambda label: values[label])
     return Suspicion((best,), f"largest {measure}; nothing was flagged", radius)
+
+
+def _saw_everything(finding: Finding) -> bool:
+    """Whether it was calibrated, and for every class."""
+    calibration = finding.details.get("calibration", {"why": "an older report"})
+    return "why" not in calibration and not finding.details.get("unseen")
 
 
 def _searched(report: AuditReport | None) -> list[Finding]:

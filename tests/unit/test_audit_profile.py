@@ -200,7 +200,7 @@ def test_where_nothing_is_flagged_the_class_that_leads_most_is_guarded(tmp_path:
 
 
 def test_where_a_calibrated_audit_flags_nothing_the_guard_may_stand_aside(tmp_path: Path) -> None:
-    net = toys.shortcut()
+    net = toys.shortcut({})
     aside = DetoxSection(unflagged="none")
     calm = report(finding(net, nature(net, tmp_path / "n.json", own(net))))
     suspicion = detox.choose(aside, calm, classes=10)
@@ -210,6 +210,28 @@ def test_where_a_calibrated_audit_flags_nothing_the_guard_may_stand_aside(tmp_pa
     assert suspicion.settled(alone).chain == ("variance_mask",)
     everyone = detox.choose(DetoxSection(unflagged="all"), calm, classes=10)
     assert everyone.classes == tuple(range(10))
+
+
+def test_a_class_that_could_not_be_seen_keeps_the_guard_in_place(tmp_path: Path) -> None:
+    net = toys.shortcut({})
+    blind = tuple(tuple(9.0 if place == 3 else each for place, each in enumerate(row))
+                  for row in own(net))  # fmt: skip
+    found = finding(net, nature(net, tmp_path / "n.json", blind))
+    assert found.details["unseen"] == [3]
+    suspicion = detox.choose(DetoxSection(unflagged="none"), report(found), classes=10)
+    assert len(suspicion.classes) == 1
+
+
+def test_suspects_that_are_named_as_nobody_are_refused_and_do_not_open_the_gate() -> None:
+    """Only an audit sets the guard aside."""
+    nobody = DetoxSection(suspects=())
+    suspicion = detox.choose(nobody, None, classes=10)
+    config = suspicion.settled(nobody)
+    assert config.chain == nobody.chain
+    with pytest.raises(ConfigError, match="there are none"):
+        detox.cleanse(
+            toys.cnn(), digits(), suspects=suspicion.classes, config=config, seed=0, device=CPU
+        )
 
 
 def test_an_audit_without_calibration_never_lets_the_guard_stand_aside() -> None:

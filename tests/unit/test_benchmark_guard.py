@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
-from benchmarks.guard import cells, instances
-from benchmarks.guard.rows import HELD_OUT, Guard, chosen, rows
+from benchmarks.guard import cells, instances, specification
+from benchmarks.guard.rows import HELD_OUT, chosen, guards, rows
 from benchmarks.guard.scores import lift_bounds, score, valid
 from mlflow_kdguard import redteam
 from mlflow_kdguard.config import RedteamSection
+from mlflow_kdguard.errors import UsageError
 
-SPEC = yaml.safe_load((Path(cells.__file__).parent / "spec.yaml").read_text())
+SPEC = specification.read(Path(cells.__file__).parent / "spec.yaml")
 
 
 def judged(accuracy: float, asr: float, *, n: int = 1000, seconds: float = 1.0) -> cells.Judged:
@@ -101,12 +101,12 @@ def test_development_and_held_out_rows_are_told_apart() -> None:
     assert {row.name for row in chosen(made, None, ["cnn"], HELD_OUT)} >= {"wanet", "backweak"}
     assert [row.name for row in chosen(made, ["sig"], ["cnn"], None)] == ["sig"]
     for asked in ((["sgi"], None, None), (None, ["rnn"], None), (None, None, "test")):
-        with pytest.raises(SystemExit, match="known:"):
+        with pytest.raises(UsageError, match="Known:"):
             chosen(made, *asked)
 
 
 def test_every_guard_of_the_specification_is_read_and_told_apart() -> None:
-    read = {name: Guard.read(told) for name, told in SPEC["guards"].items()}
+    read = guards(SPEC)
     documents: list[Any] = [guard.document() for guard in read.values()]
     assert all(documents.count(each) == 1 for each in documents)
     assert read["guard of a clean teacher"].of_clean

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-from benchmarks.guard import cells
-from benchmarks.guard.rows import Guard, rows, specification
+from benchmarks.guard import __main__ as guard_table
+from benchmarks.guard import cells, specification
+from benchmarks.guard.rows import guards, rows
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(cells.__file__).parent
@@ -19,24 +20,66 @@ SCALE = sorted((HERE / "scale").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", SCALE, ids=lambda path: path.stem)
 def test_specifications_at_scale_are_whole(path: Path) -> None:
-    spec, own = specification(path), yaml.safe_load(path.read_text())
-    base = specification(HERE / "spec.yaml")
+    spec, own = specification.read(path), yaml.safe_load(path.read_text())
+    base = specification.read(HERE / "spec.yaml")
     found = list(rows(spec))
     assert {row.pair for row in found} == set(own["pairs"]) - {"cnn"}
     assert {row.name for row in found} >= set(base["rows"])
-    guards = {name: Guard.read(told) for name, told in spec["guards"].items()}
-    assert set(guards) == set(base["guards"])
+    changed, usual = guards(spec), guards(base)
+    assert set(changed) == set(usual)
     # The frozen guard's method is not changed, only what depends on the size of images.
-    ours, theirs = guards["guard"], Guard.read(base["guards"]["guard"])
+    ours, theirs = changed["guard"], usual["guard"]
     assert ours.detox.chain == theirs.detox.chain
     assert ours.audit.lead == theirs.audit.lead
     assert len(ours.audit.radii) == len(theirs.audit.radii)
 
 
+WHOLE = """
+sets: {train: a, clean: b, validation: c, test: d}
+pairs: {one: {seeds: [0, 1]}}
+rows: {x: {}, y: {}}
+guards: {g: {chain: [unlearn], batch: 8}, h: {as: g, batch: 9}}
+"""
+
+
 def test_what_extends_merges_and_takes_away(tmp_path: Path) -> None:
-    (tmp_path / "base.yaml").write_text("a: {b: 1, c: {d: 2}}\ne: [1]\n")
-    (tmp_path / "own.yaml").write_text("extends: base.yaml\na: {b: null, c: {f: 3}}\ne: [2]\n")
-    assert specification(tmp_path / "own.yaml") == {"a": {"c": {"d": 2, "f": 3}}, "e": [2]}
+    (tmp_path / "base.yaml").write_text(WHOLE)
+    (tmp_path / "own.yaml").write_text(
+        "extends: base.yaml\nsets: {test: e}\nrows: {x: null, z: {}}\npairs: {one: {seeds: [2]}}\n"
+    )
+    told = specification.read(tmp_path / "own.yaml")
+    assert told["sets"] == {"train": "a", "clean": "b", "validation": "c", "test": "e"}
+    assert told["rows"] == {"y": {}, "z": {}}
+    assert told["pairs"] == {"one": {"seeds": [2]}}
+    assert [each.detox.batch for each in guards(told).values()] == [8, 9]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "is empty"),
+        ("sets: [1\n", "not valid YAML"),
+        ("sets: {train: a}\n", "sets lack clean, test, validation"),
+        ("extends: nowhere.yaml\n", "nowhere.yaml"),
+        ("extends: spec.yaml\n", "extends itself"),
+        (WHOLE.replace("rows:", "columns:"), "has no rows"),
+        (WHOLE.replace("batch: 8", "batch: -8"), "batch"),
+        (WHOLE.replace("as: g", "as: k"), "which there is not"),
+    ],
+)
+def test_a_specification_that_is_none_is_refused_in_one_line(
+    tmp_path: Path, text: str, why: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    path = tmp_path / "spec.yaml"
+    path.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["guard", "--config", str(path), "--device", "cpu"])
+    with pytest.raises(SystemExit) as ended:
+        guard_table.main()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert why in told
+    assert "Traceback" not in told
 
 
 @pytest.mark.slow
