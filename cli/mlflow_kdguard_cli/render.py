@@ -205,6 +205,10 @@ def audit(value: AuditReport, of: str) -> None:
             ("trigger", "target", "source", "ASR", "k/n", "upper bound", "lift"),
             [_asr_row(figure) for figure in value.asr],
         )
+    for f in value.detectors:
+        why = f.details.get("calibration", {}).get("why")
+        if why:
+            say(f"{f.name} is {why}")
     target = "" if value.target is None else f", class {value.target}"
     say(f"verdict: {value.verdict}{target}")
 

@@ -17,6 +17,7 @@ from mlflow_kdguard.data import Dataset
 from mlflow_kdguard.errors import ConfigError
 from mlflow_kdguard.nets.zoo import Classifier
 from mlflow_kdguard.records import AuditReport, Finding, Rate, Source, silent
+from mlflow_kdguard_cli import render
 
 CPU = torch.device("cpu")
 FAST = AuditSection(detectors=("profile",), radii=(1.0, 2.0), steps=4, batch=16)
@@ -237,3 +238,11 @@ def test_suspects_that_are_named_as_nobody_are_refused_and_do_not_open_the_gate(
 def test_an_audit_without_calibration_never_lets_the_guard_stand_aside() -> None:
     blind = report(finding(toys.shortcut()))
     assert detox.choose(DetoxSection(unflagged="none"), blind, classes=10).classes == (6,)
+
+
+def test_the_screen_says_why_a_detector_is_not_calibrated(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    render.audit(report(finding(toys.shortcut())), "teacher.onnx")
+    told = " ".join(capsys.readouterr().err.split())
+    assert "profile is not calibrated: no calibration file and no shadow networks" in told
