@@ -92,14 +92,16 @@ def test_one_epoch_of_cifar10_runs(tmp_path: Path) -> None:
         labels = np.arange(40, dtype=np.uint8)[:, None] % 10
         pixels = draw.integers(0, 256, (40, 3072), dtype=np.uint8)
         (folder / f"{name}.bin").write_bytes(np.hstack([labels, pixels]).tobytes())
-    once = {"epochs": 1, "amp": "off"}
+    def once() -> dict[str, object]:  # each its own: a specification holds no YAML aliases
+        return {"epochs": 1, "amp": "off"}
+
     config = tmp_path / "once.yaml"
     config.write_text(yaml.safe_dump({
         "extends": str(HERE / "scale" / "cifar10.yaml"),
         "sets": {"train": "cifar10#train[:100]", "clean": "cifar10#train[100:140]",
                  "validation": "cifar10#train[140:]", "test": "cifar10#test"},
-        "pairs": {"wrn": {"seeds": [0], "teacher": {"clean_loop": once, "poison_loop": once},
-                          "student": once}},
+        "pairs": {"wrn": {"seeds": [0], "teacher": {"clean_loop": once(), "poison_loop": once()},
+                          "student": once()}},
         "guards": {"guard": {"unlearn_steps": 2, "audit": {
             "radii": [4.2], "steps": 1, "batch": 8, "shadows": 1, "shadow_loop": {"epochs": 1}}}},
     }))  # fmt: skip
