@@ -22,7 +22,6 @@ names. --full makes all.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,13 @@ import torch
 
 from benchmarks.guard import picture, specification, sweep
 from benchmarks.guard.cells import CLEAN_TEACHER, FLOORS, JUDGES, NO_TEACHER, NONE, Cells, Judged
+from benchmarks.guard.ending import ended
 from benchmarks.guard.rows import Guard, Row, chosen, rows
 from benchmarks.guard.rows import guards as guards_of
 from benchmarks.guard.scores import Score, score, valid
 from benchmarks.record import machine, write
 from mlflow_kdguard import devices
-from mlflow_kdguard.errors import KDGuardError, UsageError
+from mlflow_kdguard.errors import UsageError
 
 HERE = Path(__file__).parent
 HEAD = (
@@ -48,14 +48,8 @@ HEAD = (
 def main() -> None:
     """Make the cells, print the tables, record them; end with the command line's exit codes."""
     given = _options()
-    try:
+    with ended(given.folder):
         _run(given)
-    except KDGuardError as error:
-        print(f"error: {error.message}\n  {error.remedy}".rstrip(), file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print(f"interrupted; finished cells are kept in {given.folder}.", file=sys.stderr)
-        sys.exit(130)
 
 
 def _run(given: argparse.Namespace) -> None:

@@ -4,10 +4,9 @@ A cell's notes are written last, so that a run that was killed repeats the cell 
 """
 
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.guard.kept import CLEAN, CONTROL, DONE, POISONED, TRIGGER, Judged, Taught
+from benchmarks.guard.kept import (
+    CLEAN,
+    CONTROL,
+    DONE,
+    POISONED,
+    TRIGGER,
+    Judged,
+    Taught,
+    once,
+    share,
+)
 from benchmarks.guard.rows import Guard, Row
 from mlflow_kdguard import data, distill
 from mlflow_kdguard.audit import examine
@@ -24,17 +33,18 @@ from mlflow_kdguard.config import AuditSection, DetoxSection
 from mlflow_kdguard.data import Dataset
 from mlflow_kdguard.detox import choose, cleanse
 from mlflow_kdguard.detox.suspects import NEEDING
-from mlflow_kdguard.files import digest_json, write_json
+from mlflow_kdguard.files import digest_json
 from mlflow_kdguard.nets import load, zoo
 from mlflow_kdguard.nets.architecture import Architecture
 from mlflow_kdguard.records import AuditReport
-from mlflow_kdguard.redteam import contaminate, teach
+from mlflow_kdguard.redteam import contaminate, teach, teach_clean
 from mlflow_kdguard.training import predict, state_sha256
 from mlflow_kdguard.triggers import Trigger
 
 CLEAN_TEACHER, NO_TEACHER, NONE = "clean teacher", "no teacher", "none"
 FLOORS = (CLEAN_TEACHER, NO_TEACHER)
 JUDGES = ("validation", "test")
+THRESHOLDS = {"lead", "lead_twice", "alpha"}  # of audits: no calibration depends on them
 IMAGES = ("train", "clean", "judges")
 
 
@@ -91,10 +101,10 @@ class Cells:
             for name, net in ((POISONED, made.poisoned), (CONTROL, made.control)):
                 load.save(net, place / name)
             made.trigger.save(place / TRIGGER)
-            _share(shared, place)
+            share(shared, place)
             return {**told, "seconds": seconds}
 
-        _once(folder, make)
+        once(folder, make)
         return Taught(folder, digest)
 
     def _shared(self, row: Row, seed: int, place: Path) -> Path:
@@ -110,6 +120,21 @@ class Cells:
                 shutil.copyfile(shared / f"{name}.checkpoint", place / f"{name}.checkpoint")
         return shared
 
+    def plain(self, row: Row, seed: int) -> zoo.Classifier:
+        """A clean teacher of the row's pair, as it is before an attack begins with it."""
+        keep = {"arch", "eps", "pgd_steps", "clean_loop"}
+        section = row.teacher.model_dump(mode="json", include=keep)
+        told = {"plain": section, "seed": seed, "train": self.train.sha256, **self.where}
+
+        def make(place: Path) -> dict[str, Any]:
+            net = teach_clean(row.teacher, self.train, seed=seed, device=self.device, folder=place)
+            load.save(net, place / "net")
+            (place / f"{CLEAN}.checkpoint").unlink()
+            return told
+
+        place = once(self.folder / "plain" / digest_json(told)[:24], make)
+        return load.load(place / "net" / "weights.safetensors", architecture=None)
+
     def raw(self, row: Row, seed: int) -> Judged:
         """The poisoned teacher itself."""
         taught = self.taught(row, seed)
@@ -119,7 +144,7 @@ class Cells:
             return {}
 
         told = {"raw": taught.digest, **self._judge_digests, **self.where}
-        return self._read(_once(self.folder / "raw" / digest_json(told)[:24], make))
+        return self._read(once(self.folder / "raw" / digest_json(told)[:24], make))
 
     def audited(
         self, net: zoo.Classifier, audit: AuditSection, seed: int
@@ -136,7 +161,7 @@ class Cells:
             seconds = time.process_time() - began
             return {**told, "report": found.report.model_dump(mode="json"), "seconds": seconds}
 
-        notes = _once(self.folder / "audits" / digest_json(told)[:24], make)
+        notes = once(self.folder / "audits" / digest_json(told)[:24], make)
         kept = json.loads((notes / DONE).read_text())
         return AuditReport.model_validate(kept["report"]), kept["seconds"]
 
@@ -146,8 +171,8 @@ class Cells:
         if not audit.shadows:
             return audit
         told = {"architecture": net.architecture.model_dump(mode="json"),
-                "clean": self.clean.sha256, "audit": audit.model_dump(mode="json"),
-                **self.where}  # fmt: skip
+                "audit": audit.model_dump(mode="json", exclude=THRESHOLDS),
+                "clean": self.clean.sha256, **self.where}  # fmt: skip
         name = f"{digest_json(told)[:24]}.json"
 
         def make(place: Path) -> dict[str, Any]:
@@ -157,7 +182,7 @@ class Cells:
                     device=self.device)  # fmt: skip
             return {**told, "seconds": time.process_time() - began}
 
-        place = _once(self.folder / "calibrations" / digest_json(told)[:24], make)
+        place = once(self.folder / "calibrations" / digest_json(told)[:24], make)
         return audit.model_copy(update={"calibration": str(place / name)})
 
     def judged(self, row: Row, guard: Guard | str, seed: int) -> Judged:
@@ -183,7 +208,7 @@ class Cells:
             self._judge(place, reference, taught.trigger, target, what="reference-")
             return {**told, **notes, "seconds": seconds, "student_sha256": state_sha256(final)}
 
-        return self._read(_once(self.folder / "students" / digest_json(told)[:24], make))
+        return self._read(once(self.folder / "students" / digest_json(told)[:24], make))
 
     def _reference(
         self, taught: Taught, guard: Guard | str, seed: int
@@ -264,22 +289,3 @@ class Cells:
                 told["reference"] = [float(bits["right"].mean()), float(bits["sent"].mean())]
         with np.load(folder / f"{self.on}.npz") as bits:
             return Judged(bits["right"], bits["sent"], told)
-
-
-def _share(shared: Path, place: Path) -> None:
-    """Keep the clean teachers' checkpoints for other attacks, and none beside."""
-    shared.mkdir(parents=True, exist_ok=True)
-    for name in (CLEAN, CONTROL):
-        half = shared / f"{name}.checkpoint.{os.getpid()}"
-        shutil.copyfile(place / f"{name}.checkpoint", half)
-        half.replace(shared / f"{name}.checkpoint")  # another process may be reading it
-    for left in place.glob("*.checkpoint"):
-        left.unlink()
-
-
-def _once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> Path:
-    """Let `make` fill the folder, unless it has; its notes are written last."""
-    if not (folder / DONE).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / DONE, make(folder))
-    return folder

@@ -28,6 +28,7 @@ def drawn(seed: int, count: int, classes: int, side: int) -> dict[str, dict[str,
         found[f"new-{kind}-{number + 1}"] = {
             "attack": attack, "target": target, "contamination": CONTAMINATION,
             "options": {name: round(float(value), 4) for name, value in options.items()},
+            **_RATES.get(kind, {}),
         }  # fmt: skip
     return found
 
@@ -58,6 +59,19 @@ def _wave(draw: np.random.Generator, side: int) -> tuple[str, Options]:
     return "sig", {"delta": draw.uniform(0.08, 0.2), "frequency": draw.integers(2, side // 3)}
 
 
+def _network(draw: np.random.Generator, side: int) -> tuple[str, Options]:
+    """Each image its own trigger, on more or less of it, made by a wider or narrower network."""
+    return "input_aware", {"area": draw.uniform(0.03, 0.1), "width": draw.integers(8, 25)}
+
+
+def _weak(draw: np.random.Generator, side: int) -> tuple[str, Options]:
+    """A faint pattern that the attacker optimises, a little weaker or stronger."""
+    return "backweak", {"strength": draw.uniform(6 / 255, 12 / 255)}
+
+
+_RATES = {"weak": {"poison_rate": 0.3}}
+"""Poison rates of kinds whose own is not the pair's."""
 _KINDS: dict[str, Callable[[np.random.Generator, int], tuple[str, Options]]] = {
     "patch": _patch, "blend": _blend, "wave": _wave, "square": _square,
+    "network": _network, "weak": _weak,
 }  # fmt: skip

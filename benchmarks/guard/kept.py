@@ -1,5 +1,8 @@
 """What cells keep: the attacker's files, and a network's answers on the judging images."""
 
+import os
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlflow_kdguard.files import write_json
 from mlflow_kdguard.nets import load, zoo
 from mlflow_kdguard.triggers import Trigger
 
@@ -48,3 +52,22 @@ class Judged:
     def asr(self) -> float:
         """Share of other classes' images that are sent to the target."""
         return float(self.sent.mean())
+
+
+def share(shared: Path, place: Path) -> None:
+    """Keep the clean teachers' checkpoints for other attacks, and none beside."""
+    shared.mkdir(parents=True, exist_ok=True)
+    for name in (CLEAN, CONTROL):
+        half = shared / f"{name}.checkpoint.{os.getpid()}"
+        shutil.copyfile(place / f"{name}.checkpoint", half)
+        half.replace(shared / f"{name}.checkpoint")  # another process may be reading it
+    for left in place.glob("*.checkpoint"):
+        left.unlink()
+
+
+def once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> Path:
+    """Let `make` fill the folder, unless it has; its notes are written last."""
+    if not (folder / DONE).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / DONE, make(folder))
+    return folder

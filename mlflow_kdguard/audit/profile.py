@@ -6,12 +6,13 @@ every clean network of one architecture. So a class's rate of universal inversio
 
     lead_t = logit ρ_t - mean over clean nets of logit ρ_t,  less the median of that over classes
 
-Taken at growing radii, up to the first at which a class leads by `lead` or more: a small trigger
-stands out in a small ball, in which a trigger that fills the image, or a teacher that was trained
-to resist the search, shows nothing. Flagged are the classes that do, if they lead at least half as
+Taken at growing radii, up to the first at which a class leads by `lead` or more, or by `lead_twice`
+or more for the second time: a small trigger stands out in a small ball, in which a trigger that
+fills the image, or a teacher that was trained to resist the search, shows nothing; and chance
+seldom makes one class lead twice. Flagged are the classes that do, if they lead at least half as
 far as the foremost: a pattern that leads to one class helps its neighbours. Not counted are classes
 that clean networks are sent to by four in five images at that radius: between there and all of them
-lies chance. Decision 103.
+lies chance. Decisions 103, 105.
 
 The threshold is no level of a test, and a network that is not flagged is not shown to be clean: the
 finding has no p-value.
@@ -29,6 +30,7 @@ from mlflow_kdguard.adversary.inversion import Inverted
 from mlflow_kdguard.audit import natural
 from mlflow_kdguard.audit.inversion import search, trigger
 from mlflow_kdguard.audit.question import Answer, Question
+from mlflow_kdguard.config import AuditSection
 from mlflow_kdguard.records import Finding, Rate
 
 NAME = "profile"
@@ -66,7 +68,8 @@ def examine(net: nn.Module, question: Question) -> Answer:
         found = search(net, question, radius=radius, detector=NAME)
         nature = None if known.record is None else known.record.means(place)
         led = leads([each.rate for each in found], nature)
-        flagged = [] if nature is None else suspects(led, question.config.lead)
+        so_far = [*(look.leads for look in looks), led]
+        flagged = [] if nature is None else flags(so_far, question.config)
         looks.append(Look(radius, found, led, flagged))
         if flagged:
             break
@@ -136,6 +139,17 @@ def leads(found: list[Rate], nature: tuple[float, ...] | None) -> list[float | N
     shared = median(over)
     counted = [nature is None or each < _REACHED for each in nature or own]
     return [each - shared if counts else None for each, counts in zip(over, counted, strict=True)]
+
+
+def flags(so_far: Sequence[list[float | None]], config: AuditSection) -> list[int]:
+    """The suspects after the last of these looks, radii × classes: at it, or by two of them."""
+    return suspects(so_far[-1], config.lead) or suspects(twice(so_far), config.lead_twice)
+
+
+def twice(so_far: Sequence[list[float | None]]) -> list[float | None]:
+    """By how much each class led at two radii: its second-largest lead; None if it counted once."""
+    each = [sorted(one for one in led if one is not None) for led in zip(*so_far, strict=True)]
+    return [led[-2] if len(led) > 1 else None for led in each]
 
 
 def suspects(led: list[float | None], least: float) -> list[int]:

@@ -79,6 +79,9 @@ class AuditSection(Section):
     lead: Positive = Field(
         2.2, description="log-odds above nature's by which the profile flags a class"
     )
+    lead_twice: Positive = Field(
+        1.25, description="the same, of a class that leads by so much at two radii"
+    )
     calibration: str | None = Field(None, description="calibration file made on clean networks")
     shadows: int = Field(0, ge=0, description="clean shadow networks to train for calibration")
     shadow_loop: Loop = Field(

@@ -3,6 +3,16 @@
 from mlflow_kdguard.redteam.goal import Goal
 from mlflow_kdguard.redteam.ground import Ground, Plan
 from mlflow_kdguard.redteam.poison import contaminate, poison
-from mlflow_kdguard.redteam.teacher import Poisoned, attack_of, teach
+from mlflow_kdguard.redteam.teacher import Poisoned, attack_of, teach, teach_clean
 
-__all__ = ["Goal", "Ground", "Plan", "Poisoned", "attack_of", "contaminate", "poison", "teach"]
+__all__ = [
+    "Goal",
+    "Ground",
+    "Plan",
+    "Poisoned",
+    "attack_of",
+    "contaminate",
+    "poison",
+    "teach",
+    "teach_clean",
+]

@@ -67,6 +67,13 @@ def teach(
     return Poisoned(ground.honest, poisoned, control, plan.trigger, config.target)
 
 
+def teach_clean(
+    config: RedteamSection, data: Dataset, *, seed: int, device: torch.device, folder: Path
+) -> zoo.Classifier:
+    """The clean teacher that attacks begin with (`Poisoned.clean`), and no more."""
+    return _School(config, data, seed, device, folder, silent).clean()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _School:
     """What all teachers of one attack have in common."""

@@ -92,6 +92,7 @@ def test_one_epoch_of_cifar10_runs(tmp_path: Path) -> None:
         labels = np.arange(40, dtype=np.uint8)[:, None] % 10
         pixels = draw.integers(0, 256, (40, 3072), dtype=np.uint8)
         (folder / f"{name}.bin").write_bytes(np.hstack([labels, pixels]).tobytes())
+
     def once() -> dict[str, object]:  # each its own: a specification holds no YAML aliases
         return {"epochs": 1, "amp": "off"}
 
