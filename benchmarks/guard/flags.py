@@ -66,7 +66,7 @@ def _run(given: argparse.Namespace) -> None:
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
         told = list(track(pool.map(partial(_one, asked), seeds), "teachers", total=len(seeds)))
     flagged = [each["seed"] for each in told if each["flagged"]]
-    bound = _upper(len(flagged), len(told))
+    bound = upper(len(flagged), len(told))
     largest = max(told, key=lambda each: each["lead"])
     print(
         f"{len(flagged)} of {len(told)} clean teachers flagged (at most {bound:.3f} of all, 95 %); "
@@ -88,7 +88,7 @@ def _one(asked: Asked, seed: int) -> dict[str, Any]:
                       for look in found.details["looks"]]}  # fmt: skip
 
 
-def _upper(k: int, n: int) -> float:
+def upper(k: int, n: int) -> float:
     """Clopper and Pearson's one-sided upper bound of a rate at 95 %."""
     return 1.0 if k == n else float(beta.ppf(0.95, k + 1, n - k))
 

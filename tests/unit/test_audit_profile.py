@@ -98,6 +98,29 @@ def test_neighbours_of_the_foremost_are_no_suspects() -> None:
     assert profile.suspects([2.1, 0.0, 0.0], 2.2) == []
 
 
+def test_a_class_that_leads_twice_needs_to_lead_less() -> None:
+    one, two = [1.6, 1.4, 0.0], [1.9, 0.3, 0.1]
+    config = AuditSection(lead=2.2, lead_twice=1.25)
+    assert profile.flags([one], config) == []
+    assert profile.flags([one, two], config) == [0]
+    assert profile.flags([one, [0.2, 0.3, 0.1], two], config) == [0]  # not one after the other
+    assert profile.flags([two, [2.5, 0.0, 2.3]], config) == [0, 2]  # who leads by far comes first
+
+
+def test_a_class_that_counts_once_has_not_led_twice() -> None:
+    assert profile.twice([[1.0, None], [2.0, 9.0]]) == [1.0, None]
+    assert profile.twice([[1.0, 2.0]]) == [None, None]
+
+
+@given(st.lists(st.lists(st.floats(-9, 9), min_size=4, max_size=4), min_size=2, max_size=5))
+def test_leading_by_less_at_every_radius_flags_nobody(looks: list[list[float]]) -> None:
+    config = AuditSection(lead=9.5, lead_twice=2.0)
+    flagged = profile.flags(list(looks), config)
+    for label in range(4):
+        led = sum(look[label] >= 2.0 for look in looks)
+        assert (label not in flagged) or led >= 2
+
+
 def test_a_class_that_nature_reaches_anyway_is_never_a_suspect() -> None:
     """Between four images in five and all of them lies chance."""
     rates = [Rate(k=100, n=100), *(Rate(k=50, n=100) for _ in range(9))]
@@ -136,6 +159,20 @@ def test_a_larger_radius_is_looked_at_where_the_smaller_shows_nothing(tmp_path: 
     found = finding(net, nature(net, tmp_path / "n.json", (small, hidden)))
     assert found.details["flagged"] == [6]
     assert found.details["radius"] == 2.0
+
+
+def test_a_class_that_stands_out_a_little_at_two_radii_is_flagged_at_the_second(
+    tmp_path: Path,
+) -> None:
+    net = toys.shortcut({})
+    less = tuple(
+        tuple(each - 1.6 * (place == 3) for place, each in enumerate(row)) for row in own(net)
+    )
+    config = nature(net, tmp_path / "n.json", less)
+    found = finding(net, config)
+    assert [look["flagged"] for look in found.details["looks"]] == [[], [3]]
+    assert found.details["radius"] == 2.0
+    assert not finding(net, config.model_copy(update={"lead_twice": 1.7})).flagged
 
 
 def test_without_a_calibration_nothing_is_flagged_and_the_verdict_is_undecided() -> None:

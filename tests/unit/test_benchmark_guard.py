@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.guard import cells, instances, specification
+from benchmarks.guard import cells, flags, instances, specification
 from benchmarks.guard.rows import HELD_OUT, chosen, guards, rows
 from benchmarks.guard.scores import lift_bounds, score, valid
 from mlflow_kdguard import redteam
@@ -91,6 +91,25 @@ def test_drawn_instances_fit_their_images(seed: int) -> None:
         assert plan.trigger.shape == (1, 28, 28)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_attacks_that_are_trained_have_the_options_that_are_drawn(seed: int) -> None:
+    trained = list(instances.drawn(seed=seed, count=6, classes=10, side=28).values())[4:]
+    assert {told["attack"] for told in trained} == {"input_aware", "backweak"}
+    for told in trained:
+        section = RedteamSection(**{key: told[key] for key in ("attack", "target", "options")})
+        redteam.attack_of(section)  # refuses unknown options
+        assert all(0 < value <= 32 for value in section.options.values())
+
+
+def test_the_instances_of_the_first_freeze_are_kept_as_they_were_drawn() -> None:
+    """Rows of the specification say what a seed of then said."""
+    drawn = instances.drawn(seed=175265402, count=4, classes=10, side=28)
+    kept = {name: told for name, told in SPEC["rows"].items() if name.startswith("drawn-")}
+    assert len(kept) == 5
+    for name, told in drawn.items():
+        assert {**told, "use": "development"} == kept[name.replace("new", "drawn")]
+
+
 def test_development_and_held_out_rows_are_told_apart() -> None:
     spec = {**SPEC, "instances": {"seed": 1, "count": 2, "classes": 10, "side": 28}}
     made = list(rows(spec))
@@ -98,11 +117,19 @@ def test_development_and_held_out_rows_are_told_apart() -> None:
     assert uses["badnets"] == "development"
     assert {uses[name] for name in uses if name not in SPEC["rows"]} == {HELD_OUT}
     assert len(uses) == len(SPEC["rows"]) + 2
-    assert {row.name for row in chosen(made, None, ["cnn"], HELD_OUT)} >= {"wanet", "backweak"}
+    held_out = [row.name for row in chosen(made, None, ["cnn"], HELD_OUT)]
+    assert [name.split("-")[1] for name in held_out] == ["patch", "blend"]
     assert [row.name for row in chosen(made, ["sig"], ["cnn"], None)] == ["sig"]
     for asked in ((["sgi"], None, None), (None, ["rnn"], None), (None, None, "test")):
         with pytest.raises(UsageError, match="Known:"):
             chosen(made, *asked)
+
+
+def test_a_rate_of_false_flags_has_an_exact_bound() -> None:
+    """No flag among n: the rate p for which (1 - p)^n is .05."""
+    assert flags.upper(0, 60) == pytest.approx(1 - 0.05 ** (1 / 60))
+    assert flags.upper(60, 60) == 1.0
+    assert flags.upper(1, 60) > flags.upper(0, 60)
 
 
 def test_every_guard_of_the_specification_is_read_and_told_apart() -> None:
