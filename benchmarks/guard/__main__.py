@@ -29,11 +29,12 @@ from typing import Any
 import torch
 
 from benchmarks.guard import picture, specification, sweep
-from benchmarks.guard.cells import CLEAN_TEACHER, FLOORS, JUDGES, NO_TEACHER, NONE, Cells, Judged
+from benchmarks.guard.cells import CLEAN_TEACHER, FLOORS, NO_TEACHER, NONE, Cells, Judged
 from benchmarks.guard.ending import ended
 from benchmarks.guard.rows import Guard, Row, chosen, rows
 from benchmarks.guard.rows import guards as guards_of
-from benchmarks.guard.scores import Score, score, valid
+from benchmarks.guard.scores import Faith, Score, faith, score, valid
+from benchmarks.guard.teachers import JUDGES
 from benchmarks.record import machine, write
 from mlflow_kdguard import devices
 from mlflow_kdguard.errors import UsageError
@@ -133,11 +134,23 @@ def _told(cells: Cells, row: Row, seeds: Sequence[int], guards: dict[str, Guard]
             students[name] = [cells.judged(row, guards[name], seed) for seed in seeds]
         scores[name] = score(students[name], none, students[CLEAN_TEACHER], students[NO_TEACHER])
         print(_line(name, scores[name]), flush=True)
+    faiths = {} if row.bounds is None else _faiths(students)
     return {"row": row.name, "pair": row.pair, "use": row.use, "seeds": list(seeds),
             "target": row.teacher.target, "valid": counts, "teacher": raw,
             "scores": {name: one.document() for name, one in scores.items()},
+            "faith": {name: one.document() for name, one in faiths.items()},
             "cells": {name: [one.told for one in each] for name, each in students.items()},
             }  # fmt: skip
+
+
+def _faiths(students: dict[str, list[Judged]]) -> dict[str, Faith]:
+    """What is certified of every guard's students, printed, too."""
+    found = {name: faith(each, students[CLEAN_TEACHER]) for name, each in students.items()
+             if name != NO_TEACHER}  # fmt: skip
+    print("                           witness   bound   ratio  reference's gap")
+    for name, one in found.items():
+        print(f"{name:<26}{one.lower:8.4f}{one.upper:8.4f}{one.ratio:8.3f}{one.gap:8.4f}")
+    return found
 
 
 def _line(name: str, one: Score) -> str:

@@ -4,136 +4,47 @@ A cell's notes are written last, so that a run that was killed repeats the cell 
 """
 
 import json
-import shutil
 import time
-from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
+from benchmarks.guard import bounds
 from benchmarks.guard.kept import (
-    CLEAN,
     CONTROL,
     DONE,
     POISONED,
-    TRIGGER,
     Judged,
     Taught,
     once,
-    share,
 )
 from benchmarks.guard.rows import Guard, Row
-from mlflow_kdguard import data, distill
+from benchmarks.guard.teachers import Teachers
+from mlflow_kdguard import distill
 from mlflow_kdguard.audit import examine
-from mlflow_kdguard.config import AuditSection, DetoxSection
-from mlflow_kdguard.data import Dataset
+from mlflow_kdguard.config import AuditSection, CertifySection, DetoxSection
 from mlflow_kdguard.detox import choose, cleanse
 from mlflow_kdguard.detox.suspects import NEEDING
 from mlflow_kdguard.files import digest_json
-from mlflow_kdguard.nets import load, zoo
+from mlflow_kdguard.nets import zoo
 from mlflow_kdguard.nets.architecture import Architecture
 from mlflow_kdguard.records import AuditReport
-from mlflow_kdguard.redteam import contaminate, teach, teach_clean
+from mlflow_kdguard.redteam import contaminate
 from mlflow_kdguard.training import predict, state_sha256
 from mlflow_kdguard.triggers import Trigger
 
 CLEAN_TEACHER, NO_TEACHER, NONE = "clean teacher", "no teacher", "none"
 FLOORS = (CLEAN_TEACHER, NO_TEACHER)
-JUDGES = ("validation", "test")
 THRESHOLDS = {"lead", "lead_twice", "alpha"}  # of audits: no calibration depends on them
-IMAGES = ("train", "clean", "judges")
 
 
-class Cells:
+class Cells(Teachers):
     """The cells of one folder; figures are taken `on` the test or the validation images.
 
     Whatever is made is judged on both, so that what was tuned on one need not be made again.
     """
-
-    def __init__(
-        self, folder: Path, sets: Mapping[str, str], *, on: str = "test",
-        device: torch.device | None = None, root: Path | None = None,
-    ) -> None:  # fmt: skip
-        self.folder, self.sets, self.on, self.root = folder, sets, on, root
-        self.device = torch.device("cpu") if device is None else device
-        # Other arithmetic makes other cells; those of a CPU are not named, as they came first.
-        self.where = {} if self.device.type == "cpu" else {"device": self.device.type}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without images, which another process reads for itself."""
-        return {name: each for name, each in vars(self).items() if name not in IMAGES}
-
-    @cached_property
-    def train(self) -> Dataset:
-        """What teachers learn from, and the clean part of the transfer set."""
-        return data.load(self.sets["train"], root=self.root)
-
-    @cached_property
-    def clean(self) -> Dataset:
-        """The defender's labelled images."""
-        return data.load(self.sets["clean"], root=self.root)
-
-    @cached_property
-    def judges(self) -> dict[str, Dataset]:
-        """The images that everything is judged on, by name."""
-        return {name: data.load(self.sets[name], root=self.root) for name in JUDGES}
-
-    @property
-    def _judge_digests(self) -> dict[str, str]:
-        return {name: images.sha256 for name, images in self.judges.items()}
-
-    def taught(self, row: Row, seed: int) -> Taught:
-        """The poisoned teacher of a row, its control and its trigger."""
-        told = {"section": row.teacher.model_dump(mode="json"), "seed": seed,
-                "train": self.train.sha256, **self.where}  # fmt: skip
-        digest = digest_json(told)[:24]
-        folder = self.folder / "teachers" / digest
-
-        def make(place: Path) -> dict[str, Any]:
-            shared = self._shared(row, seed, place)
-            began = time.process_time()
-            made = teach(row.teacher, seed=seed, device=self.device, folder=place, data=self.train)
-            seconds = time.process_time() - began
-            for name, net in ((POISONED, made.poisoned), (CONTROL, made.control)):
-                load.save(net, place / name)
-            made.trigger.save(place / TRIGGER)
-            share(shared, place)
-            return {**told, "seconds": seconds}
-
-        once(folder, make)
-        return Taught(folder, digest)
-
-    def _shared(self, row: Row, seed: int, place: Path) -> Path:
-        """Where the checkpoints of clean teachers are that many attacks begin with."""
-        section = row.teacher.model_dump(
-            mode="json", include={"arch", "eps", "pgd_steps", "clean_loop", "poison_loop"}
-        )
-        key = {"section": section, "seed": seed, "train": self.train.sha256, **self.where}
-        shared = self.folder / "clean" / digest_json(key)[:24]
-        place.mkdir(parents=True, exist_ok=True)
-        for name in (CLEAN, CONTROL):
-            if (shared / f"{name}.checkpoint").exists():
-                shutil.copyfile(shared / f"{name}.checkpoint", place / f"{name}.checkpoint")
-        return shared
-
-    def plain(self, row: Row, seed: int) -> zoo.Classifier:
-        """A clean teacher of the row's pair, as it is before an attack begins with it."""
-        keep = {"arch", "eps", "pgd_steps", "clean_loop"}
-        section = row.teacher.model_dump(mode="json", include=keep)
-        told = {"plain": section, "seed": seed, "train": self.train.sha256, **self.where}
-
-        def make(place: Path) -> dict[str, Any]:
-            net = teach_clean(row.teacher, self.train, seed=seed, device=self.device, folder=place)
-            load.save(net, place / "net")
-            (place / f"{CLEAN}.checkpoint").unlink()
-            return told
-
-        place = once(self.folder / "plain" / digest_json(told)[:24], make)
-        return load.load(place / "net" / "weights.safetensors", architecture=None)
 
     def raw(self, row: Row, seed: int) -> Judged:
         """The poisoned teacher itself."""
@@ -193,6 +104,7 @@ class Cells:
             "guard": guard if isinstance(guard, str) else guard.document(),
             "student": row.student.model_dump(mode="json"),
             "clean": self.clean.sha256, **self._judge_digests, **self.where,
+            **({} if row.bounds is None else {"exported": True}),
         }  # fmt: skip
 
         def make(place: Path) -> dict[str, Any]:
@@ -206,9 +118,32 @@ class Cells:
             target = row.teacher.target
             self._judge(place, final, taught.trigger, target)
             self._judge(place, reference, taught.trigger, target, what="reference-")
+            if row.bounds is not None:
+                bounds.export(place, reference, final, self.clean)
+                raw = taught.net(CONTROL if isinstance(guard, str) or guard.of_clean else POISONED)
+                notes["gap"] = bounds.gap(reference, raw, self.clean, self.device)
             return {**told, **notes, "seconds": seconds, "student_sha256": state_sha256(final)}
 
-        return self._read(once(self.folder / "students" / digest_json(told)[:24], make))
+        place = once(self.folder / "students" / digest_json(told)[:24], make)
+        found = self._read(place)
+        if row.bounds is not None and guard != NO_TEACHER:
+            found.told["bounds"] = self._bounded(place, row.bounds, taught)
+        return found
+
+    def _bounded(self, place: Path, config: CertifySection, taught: Taught) -> dict[str, Any]:
+        """Bounds on images that the clean teacher gets right: the same ones for every guard."""
+        told = {"student": place.name, "config": config.model_dump(mode="json"), "on": self.on}
+
+        def make(_: Path) -> dict[str, Any]:
+            net, images = taught.net(CONTROL), self.judges[self.on]
+            shown = bounds.known(net, images, config.samples, self.device)
+            began = time.process_time()
+            found = bounds.bounded(place, shown, config)
+            return {**told, **found, "seconds": time.process_time() - began}
+
+        kept = once(self.folder / "bounds" / digest_json(told)[:24], make) / DONE
+        found: dict[str, Any] = json.loads(kept.read_text())
+        return found
 
     def _reference(
         self, taught: Taught, guard: Guard | str, seed: int

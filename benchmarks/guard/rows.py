@@ -6,7 +6,13 @@ from typing import Any
 
 from benchmarks.guard.instances import drawn
 from benchmarks.guard.specification import section
-from mlflow_kdguard.config import AuditSection, DetoxSection, DistillSection, RedteamSection
+from mlflow_kdguard.config import (
+    AuditSection,
+    CertifySection,
+    DetoxSection,
+    DistillSection,
+    RedteamSection,
+)
 from mlflow_kdguard.errors import ConfigError, UsageError
 
 HELD_OUT = "held out"
@@ -17,7 +23,8 @@ INVERSION = AuditSection(detectors=("inversion",))
 class Row:
     """One attack against one pair of networks.
 
-    `use`: development (settings may be chosen on it) or HELD_OUT.
+    `use`: development (settings may be chosen on it) or HELD_OUT. `bounds`: what is certified of
+    its students, if anything is.
     """
 
     name: str
@@ -27,6 +34,7 @@ class Row:
     teacher: RedteamSection
     student: DistillSection
     contamination: float
+    bounds: CertifySection | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +100,7 @@ def rows(spec: Mapping[str, Any]) -> Iterator[Row]:
                 name, pair, changes["use"], tuple(told["seeds"]),
                 section(RedteamSection, teacher), section(DistillSection, told["student"]),
                 changes["contamination"],
+                None if "bounds" not in told else section(CertifySection, told["bounds"]),
             )  # fmt: skip
 
 

@@ -71,6 +71,33 @@ def score(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Faith:
+    """What is certified of a guard's students, over seeds: mean witness and mean bound (FaithUB) of
+    the confidence gap to the reference, the bound beside that of a clean teacher's student, and
+    the reference's own gap to the raw teacher."""
+
+    lower: float
+    upper: float
+    ratio: float
+    gap: float
+
+    def document(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+def faith(guarded: Sequence[Judged], clean: Sequence[Judged]) -> Faith:
+    """Of students whose bounds are told."""
+
+    def mean(students: Sequence[Judged], name: str) -> float:
+        return float(np.mean([one.told["bounds"][name] for one in students]))
+
+    upper = mean(guarded, "upper")
+    gap = float(np.mean([one.told["gap"] for one in guarded]))
+    return Faith(mean(guarded, "lower"), upper, upper / mean(clean, "upper"), gap)
+
+
 def lift_bounds(
     pairs: Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_]]], *, seed: int = 0
 ) -> tuple[float, float]:
