@@ -125,6 +125,9 @@ class DetoxSection(Section):
     unlearn_radius: Positive | Literal["auto"] = Field(
         2.8, description="L2 radius of the perturbation bank; auto: by the profile's radius"
     )
+    unlearn_part: Literal["head", "all"] = Field(
+        "head", description="what unlearning trains: the last layers, or all"
+    )
     bank: int = Field(4, ge=1, description="perturbations kept in the bank")
     batch: int = Field(64, ge=1, description="images a step")
     options: dict[str, float] = Field(default_factory=dict, description="of fine_tune, nad, …")

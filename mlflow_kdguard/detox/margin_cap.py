@@ -13,9 +13,9 @@ The graph holds constant 0/1 selection matrices and binary max/min only, since t
 bound knows; sums with exact zeros leave the selected logits unrounded.
 """
 
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mlflow_kdguard.detox.record import StepRecord
 from mlflow_kdguard.detox.state import State, Work
 from mlflow_kdguard.errors import ConfigError
+from mlflow_kdguard.nets.trunk import Both, Fork
 
 NAME = "margin_cap"
 
@@ -56,7 +57,10 @@ class Largest(nn.Module):
 
 
 class MarginCap(nn.Module):
-    """R of P, D and T: N×C×H×W pixels -> N×K logits."""
+    """R of P, D and T: N×C×H×W pixels -> N×K logits.
+
+    `shared`: P and D are as they will stay, and what both begin with is computed once.
+    """
 
     name = NAME
     pick: Tensor
@@ -64,8 +68,9 @@ class MarginCap(nn.Module):
     others: Tensor
 
     def __init__(
-        self, teacher: nn.Module, copy: nn.Module, suspects: tuple[int, ...], classes: int
-    ) -> None:
+        self, teacher: nn.Module, copy: nn.Module, suspects: tuple[int, ...], classes: int,
+        *, shared: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         rest = tuple(label for label in range(classes) if label not in suspects)
         if not suspects or not rest or not set(suspects) <= set(range(classes)):
@@ -74,8 +79,7 @@ class MarginCap(nn.Module):
                 f"class that is none; given: {suspects}.",
                 remedy=f"Name the suspects (detox.suspects), or leave out {self.name}.",
             )
-        self.teacher = teacher
-        self.copy = copy
+        self.both: nn.Module = Fork(teacher, copy) if shared else Both(teacher, copy)
         self.largest = Largest(rest, classes, copies=len(suspects))
         self.register_buffer("pick", selection(list(suspects), classes))
         self.register_buffer("place", self.pick.T.contiguous())
@@ -85,7 +89,7 @@ class MarginCap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """N×C×H×W pixels -> N×K logits."""
-        return self.cap(self.teacher(x), self.copy(x))
+        return self.cap(*self.both(x))
 
     def cap(self, raw: Tensor, detoxed: Tensor) -> Tensor:
         """R from the logits of P and D, each N×K."""
@@ -102,8 +106,13 @@ def selection(columns: list[int], width: int) -> Tensor:
     return matrix
 
 
-Combination = Callable[[nn.Module, nn.Module, tuple[int, ...], int], nn.Module]
-"""From a teacher, its detoxed copy, the suspects and the number of classes to a reference."""
+class Combination(Protocol):
+    """From a teacher, its detoxed copy, the suspects and the number of classes to a reference."""
+
+    def __call__(
+        self, teacher: nn.Module, copy: nn.Module, suspects: tuple[int, ...], classes: int,
+        *, shared: bool = False,
+    ) -> nn.Module: ...  # fmt: skip
 
 
 def combination(kind: type[MarginCap]) -> Combination:
@@ -113,10 +122,11 @@ def combination(kind: type[MarginCap]) -> Combination:
     """
 
     def combine(
-        teacher: nn.Module, copy: nn.Module, suspects: tuple[int, ...], classes: int
-    ) -> nn.Module:
+        teacher: nn.Module, copy: nn.Module, suspects: tuple[int, ...], classes: int,
+        *, shared: bool = False,
+    ) -> nn.Module:  # fmt: skip
         every = len(suspects) == classes
-        reference = copy if every else kind(teacher, copy, suspects, classes)
+        reference = copy if every else kind(teacher, copy, suspects, classes, shared=shared)
         return reference.to(next(teacher.parameters()).device).eval()
 
     return combine
@@ -134,7 +144,8 @@ def cleanse(state: State, work: Work) -> State:
 def combined(state: State, work: Work, name: str, combine: Combination) -> State:
     """The state whose reference is made of the raw teacher and the copy as it is."""
     own = deepcopy(state.teacher), deepcopy(state.copy)
-    reference = combine(*own, state.suspects, state.train.classes).requires_grad_(False)
+    reference = combine(*own, state.suspects, state.train.classes, shared=True)
+    reference.requires_grad_(False)
     record = StepRecord(
         name=name,
         outcome="kept",

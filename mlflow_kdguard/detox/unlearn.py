@@ -6,6 +6,10 @@ and then trains the copy to answer as labelled with and without it:
 
     CE(D(x), y) + CE(D(clip(x + δ_j)), y)
 
+By default (`detox.unlearn_part: head`) only the last layers are trained, and what comes before
+stays the teacher's: less is forgotten, and the reference computes it once (`nets.trunk`). A network
+that is not of the zoo is trained as a whole. Decision 106.
+
 Adversarial unlearning of implicit backdoors (I-BAU, Zeng et al., arXiv:2110.03735) inspired the
 form; here it is aimed at the suspect classes only, and the bank keeps a memory of old patterns.
 The copy need not stay a good classifier: `margin_cap` asks it only about the suspect classes.
@@ -27,6 +31,7 @@ from mlflow_kdguard.detox.loop import drive
 from mlflow_kdguard.detox.state import State, Work
 from mlflow_kdguard.detox.suspects import RADIUS
 from mlflow_kdguard.errors import NonFiniteError
+from mlflow_kdguard.nets.trunk import trunk
 from mlflow_kdguard.training.schedule import one_cycle
 
 NAME = "unlearn"
@@ -52,8 +57,11 @@ class _Training:
     ) -> None:
         self.steps = config.unlearn_steps
         self.module = net
+        self._frozen = trunk(net) if config.unlearn_part == "head" else nn.ModuleList()
+        self._frozen.requires_grad_(False)
+        trained = [each for each in net.parameters() if each.requires_grad]
         self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            net.parameters(), lr=config.unlearn_lr, momentum=0.9, nesterov=True, weight_decay=5e-4
+            trained, lr=config.unlearn_lr, momentum=0.9, nesterov=True, weight_decay=5e-4
         )
         device = next(net.parameters()).device
         self._slots = slots(config.bank, len(suspects))
@@ -66,6 +74,7 @@ class _Training:
         """Move one pattern, then the copy."""
         delta = self._pattern(x, y, step, generator)
         self.module.train()
+        self._frozen.eval()
         self.optimizer.zero_grad(set_to_none=True)
         both = torch.cat([x, (x + delta).clamp(0.0, 1.0)])
         # The mean over both halves times two is the sum of the two means.
