@@ -113,7 +113,12 @@ def answer(argv: list[str]) -> int:
         error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _say(argv, "interrupted; every file that was finished is whole, and none is half-written.", "", 130)
+        return _say(
+            argv,
+            "interrupted; files are whole or absent, none is half-written.",
+            "",
+            130,
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

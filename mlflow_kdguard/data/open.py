@@ -50,7 +50,8 @@ def load(uri: str, *, root: Path | None = None, download: bool = False) -> Datas
     except OSError as error:
         raise request.error(f"cannot read it: {error}", remedy="Check the path.") from error
     _check(request, images, y, collection.classes)
-    return _slice(request, Dataset(images, y, uri=uri, classes=collection.classes))
+    whole = Dataset(images, y, uri=uri, classes=collection.classes)
+    return _slice(request, _ordered(request, whole) if request.shuffled else whole)
 
 
 def _check(request: Request, images: Images, y: NDArray[np.int64], classes: int) -> None:
@@ -106,6 +107,12 @@ def _chosen(request: Request, collection: Collection) -> tuple[str, ...]:
 
 def _joined(first: Part, second: Part) -> Part:
     return join(first[0], second[0]), np.concatenate([first[1], second[1]])
+
+
+def _ordered(request: Request, dataset: Dataset) -> Dataset:
+    """In a fixed order that says nothing of classes: a slice of it is a sample."""
+    order = embedded.permutation(f"{request.name}#{request.split}", len(dataset))
+    return dataset.take(order, request.uri)
 
 
 def _slice(request: Request, dataset: Dataset) -> Dataset:

@@ -1,4 +1,4 @@
-"""The grammar of data URIs (`docs/reference/data.md`): `SOURCE[?size=N][#SPLIT][[a:b]]`."""
+"""The grammar of data URIs (`docs/reference/data.md`): `SOURCE[?OPTIONS][#SPLIT][[a:b]]`."""
 
 import re
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from mlflow_kdguard.errors import DataError
 
 _FRAGMENT = re.compile(r"(?P<split>[a-z]*)(?:\[(?P<start>[0-9]{0,12}):(?P<stop>[0-9]{0,12})\])?")
 _ESCAPES = {"%23": "#", "%3f": "?", "%25": "%"}
+_OPTIONS = {"size": "[0-9]{1,9}", "order": "shuffled"}
 _LARGEST_SIDE = 4096
 
 
@@ -19,6 +20,7 @@ class Request:
     name: str
     path: Path | None = None
     size: int | None = None
+    shuffled: bool = False
     split: str = ""
     start: int = 0
     stop: int | None = None
@@ -49,8 +51,9 @@ def parse(uri: str) -> Request:
     if has_path and not path:
         raise request.error("no path follows the colon", remedy="Write for example npz:FILE.")
     split, start, stop = _fragment(request, fragment if "#" in uri else None)
-    size = _size(request, query) if asks else None
-    return Request(uri, name, request.path, size, split, start, stop)
+    told = _options(request, query) if asks else {}
+    size = _size(request, told["size"]) if "size" in told else None
+    return Request(uri, name, request.path, size, "order" in told, split, start, stop)
 
 
 def _unquote(path: str) -> str:
@@ -71,15 +74,25 @@ def _fragment(request: Request, fragment: str | None) -> tuple[str, int, int | N
     return match["split"], int(start or 0), int(stop) if stop else None
 
 
-def _size(request: Request, query: str) -> int:
-    match = re.fullmatch(r"size=([0-9]{1,9})", query)
-    if match is None:
+def _options(request: Request, query: str) -> dict[str, str]:
+    """`KEY=VALUE`, with & between two."""
+    told: dict[str, str] = {}
+    for each in query.split("&"):
+        key, _, value = each.partition("=")
+        fits = re.fullmatch(_OPTIONS.get(key, ""), value)
+        if key not in _OPTIONS or key in told or fits is None:
+            raise request.error(
+                f"?{query} is not understood",
+                remedy="Options are size=PIXELS and order=shuffled, with & between them; a ? in a "
+                "path is written %3F.",
+            )
+        told[key] = value
+    return told
+
+
+def _size(request: Request, value: str) -> int:
+    if not 1 <= int(value) <= _LARGEST_SIDE:
         raise request.error(
-            f"?{query} is not understood",
-            remedy="The only option is ?size=PIXELS; a ? in a path is written %3F.",
+            f"size={value} is not between 1 and {_LARGEST_SIDE}", remedy="Choose a smaller image."
         )
-    if not 1 <= int(match[1]) <= _LARGEST_SIDE:
-        raise request.error(
-            f"{query} is not between 1 and {_LARGEST_SIDE}", remedy="Choose a smaller image."
-        )
-    return int(match[1])
+    return int(value)

@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.io
 import yaml
+from PIL import Image
 
 from benchmarks.guard import __main__ as guard_table
 from benchmarks.guard import cells, specification
@@ -20,10 +23,11 @@ SCALE = sorted((HERE / "scale").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", SCALE, ids=lambda path: path.stem)
 def test_specifications_at_scale_are_whole(path: Path) -> None:
-    spec, own = specification.read(path), yaml.safe_load(path.read_text())
+    spec = specification.read(path)
     base = specification.read(HERE / "spec.yaml")
     found = list(rows(spec))
-    assert {row.pair for row in found} == set(own["pairs"]) - {"cnn"}
+    assert {row.pair for row in found} == set(spec["pairs"]) == set(spec["core"]["pairs"])
+    assert "cnn" not in spec["pairs"]
     assert {row.name for row in found} >= set(base["rows"])
     changed, usual = guards(spec), guards(base)
     assert set(changed) == set(usual)
@@ -82,29 +86,91 @@ def test_a_specification_that_is_none_is_refused_in_one_line(
     assert "Traceback" not in told
 
 
-@pytest.mark.slow
-def test_one_epoch_of_cifar10_runs(tmp_path: Path) -> None:
-    """Wide residual networks on files in CIFAR's format: a teacher, the guard, a student."""
-    folder = tmp_path / "cifar-10-batches-bin"
+# ── one epoch of each, on small files in its format ─────────────────────────────────────────────
+
+Sets = dict[str, str]
+DRAW = np.random.default_rng(0)
+
+
+def picture(path: Path, side: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(DRAW.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(path)
+
+
+def cifar10(root: Path) -> Sets:
+    folder = root / "cifar-10-batches-bin"
     folder.mkdir()
-    draw = np.random.default_rng(0)
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
         labels = np.arange(40, dtype=np.uint8)[:, None] % 10
-        pixels = draw.integers(0, 256, (40, 3072), dtype=np.uint8)
+        pixels = DRAW.integers(0, 256, (40, 3072), dtype=np.uint8)
         (folder / f"{name}.bin").write_bytes(np.hstack([labels, pixels]).tobytes())
+    return {"train": "cifar10#train[:100]", "clean": "cifar10#train[100:140]",
+            "validation": "cifar10#train[140:]", "test": "cifar10#test"}  # fmt: skip
 
-    def once() -> dict[str, object]:  # each its own: a specification holds no YAML aliases
-        return {"epochs": 1, "amp": "off"}
 
+def gtsrb(root: Path) -> Sets:
+    training = root / "gtsrb" / "GTSRB" / "Training"
+    for label in range(43):
+        for number in range(5):
+            picture(training / f"{label:05d}" / f"00000_{number:05d}.ppm", 33)
+    rows = ["Filename;ClassId"]
+    for label in range(43):
+        picture(root / "gtsrb" / "GTSRB" / "Final_Test" / "Images" / f"{label:05d}.ppm", 40)
+        rows.append(f"{label:05d}.ppm;{label}")
+    (root / "gtsrb" / "GT-final_test.csv").write_text("\n".join(rows))
+    train = "gtsrb?order=shuffled#train"
+    return {"train": f"{train}[:90]", "clean": f"{train}[90:180]",
+            "validation": f"{train}[180:]", "test": "gtsrb#test"}  # fmt: skip
+
+
+def flowers102(root: Path) -> Sets:
+    base, n = root / "flowers-102", 408
+    for number in range(1, n + 1):
+        picture(base / "jpg" / f"image_{number:05d}.jpg", 66)
+    scipy.io.savemat(base / "imagelabels.mat", {"labels": 1 + np.arange(n)[None] % 102})
+    ids = 1 + np.arange(n).reshape(4, 1, 102)
+    halves = {"trnid": ids[0], "valid": ids[1], "tstid": ids[2:].reshape(1, -1)}
+    scipy.io.savemat(base / "setid.mat", halves)
+    test = "flowers102?size=64&order=shuffled#test"
+    return {"train": f"{test}[:104]", "clean": "flowers102?size=64#train",
+            "validation": "flowers102?size=64#val", "test": f"{test}[104:]"}  # fmt: skip
+
+
+def imagenet(root: Path) -> Sets:
+    for label in range(4):
+        for number in range(30):
+            picture(root / "imagenet" / "train" / f"n{label}" / f"{number}.JPEG", 70)
+        for number in range(5):
+            picture(root / "imagenet" / "val" / f"n{label}" / f"{number}.JPEG", 70)
+    train = "imagenet?size=64&order=shuffled#train"
+    return {"train": f"{train}[:60]", "clean": f"{train}[60:90]",
+            "validation": f"{train}[90:]", "test": "imagenet?size=64#test"}  # fmt: skip
+
+
+SMALLER = {"gtsrb": "wrn-10-1", "flowers102": "cnn:8,16,32"}
+"""Inverting a hundred classes of the specification's own networks takes many minutes here."""
+
+
+def once() -> dict[str, object]:
+    return {"epochs": 1, "amp": "off"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("write", [cifar10, gtsrb, flowers102, imagenet])
+def test_one_epoch_runs(write: Callable[[Path], Sets], tmp_path: Path) -> None:
+    """A teacher, the guard, a student."""
+    name = write.__name__
+    sets, spec = write(tmp_path), specification.read(HERE / "scale" / f"{name}.yaml")
+    (pair,) = spec["pairs"]
+    smaller = {"arch": SMALLER[name]} if name in SMALLER else {}
+    teacher = {"clean_loop": once(), "poison_loop": once(), **smaller}
+    radii = [spec["guards"]["guard"]["audit"]["radii"][0]]
     config = tmp_path / "once.yaml"
     config.write_text(yaml.safe_dump({
-        "extends": str(HERE / "scale" / "cifar10.yaml"),
-        "sets": {"train": "cifar10#train[:100]", "clean": "cifar10#train[100:140]",
-                 "validation": "cifar10#train[140:]", "test": "cifar10#test"},
-        "pairs": {"wrn": {"seeds": [0], "teacher": {"clean_loop": once(), "poison_loop": once()},
-                          "student": once()}},
+        "extends": str(HERE / "scale" / f"{name}.yaml"), "sets": sets,
+        "pairs": {pair: {"seeds": [0], "teacher": teacher, "student": {**once(), **smaller}}},
         "guards": {"guard": {"unlearn_steps": 2, "audit": {
-            "radii": [4.2], "steps": 1, "batch": 8, "shadows": 1, "shadow_loop": {"epochs": 1}}}},
+            "radii": radii, "steps": 1, "batch": 8, "shadows": 1, "shadow_loop": {"epochs": 1}}}},
     }))  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.guard", "--config", str(config), "--data-root",

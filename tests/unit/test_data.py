@@ -70,6 +70,9 @@ def test_a_quoted_path_is_read_back(path: str) -> None:
         ("gtsrb?size=0", "not between"),
         ("gtsrb?size=999999", "not between"),
         ("gtsrb?size=x", "not understood"),
+        ("gtsrb?order=random", "not understood"),
+        ("gtsrb?size=8&size=8", "not understood"),
+        ("gtsrb?size=8&", "not understood"),
         ("gtsrb?", "not understood"),
         ("gtsrb?width=3", "not understood"),
         ("digits?size=8", "one size"),
@@ -185,6 +188,28 @@ def test_the_digest_is_the_same_across_its_reading_chunks() -> None:
 
 
 # ── Dataset ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_slice_of_shuffled_images_is_a_sample(tmp_path: Path) -> None:
+    """Files list them class by class; slices are disjoint, and all of them are everything."""
+    y = np.repeat(np.arange(5), 40)
+    x = np.arange(200, dtype=np.float32).reshape(-1, 1, 1, 1) / 200
+    np.savez(tmp_path / "sorted.npz", x=x, y=y)
+    named = f"npz:{tmp_path}/sorted.npz?order=shuffled"
+    first, rest = data.load(f"{named}#[:50]"), data.load(f"{named}#[50:]")
+    assert len(set(first.y.tolist())) == 5
+    assert max(np.bincount(first.y)) < 20
+    assert sorted([*first.x.ravel(), *rest.x.ravel()]) == sorted(x.ravel())
+    assert data.load(f"{named}#[:50]").sha256 == first.sha256
+    whole = data.load(named)
+    assert [whole.y[np.flatnonzero(whole.x.ravel() == each)[0]] for each in x.ravel()] == list(y)
+
+
+def test_size_and_order_go_together() -> None:
+    for query in ("size=9&order=shuffled", "order=shuffled&size=9"):
+        request = uri.parse(f"imagefolder:d?{query}#test")
+        assert (request.size, request.shuffled, request.split) == (9, True, "test")
+    assert not uri.parse("imagefolder:d?size=9").shuffled
 
 
 @given(st.lists(st.integers(0, 10), max_size=12), st.booleans())
