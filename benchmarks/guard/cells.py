@@ -37,7 +37,12 @@ from mlflow_kdguard.triggers import Trigger
 
 CLEAN_TEACHER, NO_TEACHER, NONE = "clean teacher", "no teacher", "none"
 FLOORS = (CLEAN_TEACHER, NO_TEACHER)
-THRESHOLDS = {"lead", "lead_twice", "alpha"}  # of audits: no calibration depends on them
+THRESHOLDS = {
+    "lead",
+    "lead_twice",
+    "lead_own",
+    "alpha",
+}  # of audits: no calibration depends on them
 
 
 class Cells(Teachers):

@@ -108,6 +108,30 @@ def invert_all(
     return tuple(results)
 
 
+def reach(
+    net: nn.Module, x: Tensor, y: Tensor, target: int, *, radius: float, steps: int = 4
+) -> Rate:
+    """How many images of other classes reach `target` by a small perturbation of their own.
+
+    Projected gradient descent from each image, steps of 1.5·radius/steps in an L2 ball of
+    `radius`. A trigger that is made for each image leaves no universal pattern, but it makes its
+    class near from everywhere. Raises DataError, NonFiniteError.
+    """
+    others, hits = _others(y, target).to(x.device), 0
+    with _frozen(net):
+        for start in range(0, len(others), _AT_ONCE):
+            images = x[others[start : start + _AT_ONCE]]
+            labels = torch.full((len(images),), target, device=x.device)
+            delta = torch.zeros_like(images)
+            for _ in range(steps):
+                gradient = slope(net, images, labels, delta)
+                delta = descend(delta, gradient, step=1.5 * radius / steps, radius=radius)
+            with torch.no_grad():
+                answers = net((images + delta).clamp(0.0, 1.0)).argmax(1)
+            hits += int((answers == target).sum())
+    return Rate(k=hits, n=len(others))
+
+
 def rate(net: nn.Module, x: Tensor, y: Tensor, target: int, delta: Tensor) -> Rate:
     """How many images of other classes `delta` sends to `target`."""
     return _rated(net, x, y, (target,), delta[None])[0].rate

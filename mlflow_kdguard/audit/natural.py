@@ -14,23 +14,29 @@ from mlflow_kdguard.config import AuditSection
 from mlflow_kdguard.nets.architecture import Architecture
 
 Profile = tuple[tuple[float, ...], ...]
-"""Log-odds of universal inversion's rates, radii × classes."""
+"""Log-odds of the rates, looks × classes: universal inversion at each radius, then, where it is
+asked for, a perturbation for each image."""
 
 
 class Natural(calibration.Origin):
-    """Profiles of clean networks (`kdguard.natural/1`): networks × radii × classes, log-odds."""
+    """Profiles of clean networks (`kdguard.natural/1`): networks × looks × classes, log-odds."""
 
     schema_: Literal["kdguard.natural/1"] = Field("kdguard.natural/1", alias="schema")
     radii: tuple[float, ...] = Field(min_length=1)
+    own_radius: float | None = None
     profiles: tuple[Profile, ...] = Field(min_length=1)
 
     def means(self, place: int) -> tuple[float, ...]:
-        """Class by class at one of the radii, over the networks."""
+        """Class by class at one of the looks, over the networks."""
         each = [profile[place] for profile in self.profiles]
         return tuple(fmean(values) for values in zip(*each, strict=True))
 
     def settings(self, config: AuditSection) -> dict[str, tuple[Any, Any]]:
-        return {"radii": (self.radii, config.radii)} | super().settings(config)
+        own = {
+            "radii": (self.radii, config.radii),
+            "own radius": (self.own_radius, config.own_radius),
+        }
+        return own | super().settings(config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,7 @@ def of(net: nn.Module, question: Question, take: Callable[[nn.Module], Profile])
         return Natural(
             **calibration.origin(architecture, question),
             radii=question.config.radii,
+            own_radius=question.config.own_radius,
             profiles=tuple(profiles),
         )
 

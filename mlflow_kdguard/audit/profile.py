@@ -14,21 +14,26 @@ far as the foremost: a pattern that leads to one class helps its neighbours. Not
 that clean networks are sent to by four in five images at that radius: between there and all of them
 lies chance. Decisions 103, 105.
 
+A trigger that is made for each image has no universal pattern. So the last look gives each image a
+small perturbation of its own (`own_radius`), and flags classes that lead there by `lead_own`.
+Decision 107.
+
 The threshold is no level of a test, and a network that is not flagged is not shown to be clean: the
 finding has no p-value.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+import torch
 from torch import nn
 
-from mlflow_kdguard.adversary.inversion import Inverted
+from mlflow_kdguard.adversary.inversion import Inverted, reach
 from mlflow_kdguard.audit import natural
-from mlflow_kdguard.audit.inversion import search, trigger
+from mlflow_kdguard.audit.inversion import halves, search, trigger
 from mlflow_kdguard.audit.question import Answer, Question
 from mlflow_kdguard.config import AuditSection
 from mlflow_kdguard.records import Finding, Rate
@@ -36,15 +41,22 @@ from mlflow_kdguard.records import Finding, Rate
 NAME = "profile"
 _SHARE = 0.5
 """Share of the foremost class's lead that makes another class a suspect too."""
+_IMAGES = 256
+"""Images with a perturbation of their own, at most."""
 _REACHED = math.log(4.0)
 """Log-odds from which on a class is reached by nature."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Look:
-    """What was found at one radius: each class's pattern and lead, and the flagged classes."""
+    """What was found at one radius: each class's pattern and lead, and the flagged classes.
+
+    `own`: the rates are those of a perturbation for each image, and the patterns those of the look
+    before.
+    """
 
     radius: float
+    own: bool
     found: tuple[Inverted, ...]
     leads: list[float | None]
     flagged: list[int]
@@ -52,7 +64,8 @@ class Look:
     def document(self) -> dict[str, Any]:
         """For the finding's details."""
         rates = [each.rate.rate for each in self.found]
-        return {"radius": self.radius, "rates": rates, "leads": self.leads, "flagged": self.flagged}
+        return {"radius": self.radius, "own": self.own, "rates": rates, "leads": self.leads,
+                "flagged": self.flagged}  # fmt: skip
 
 
 def examine(net: nn.Module, question: Question) -> Answer:
@@ -62,15 +75,19 @@ def examine(net: nn.Module, question: Question) -> Answer:
     flagged, and the leads are over the median class alone. Raises ConfigError for a calibration of
     other settings or data, DataError without labels.
     """
+    config = question.config
     known = natural.of(net, question, lambda shadow: rates(shadow, question))
     looks: list[Look] = []
-    for place, radius in enumerate(question.config.radii):
-        found = search(net, question, radius=radius, detector=NAME)
+    for place, found in enumerate(_searched(net, question)):
+        own = place == len(config.radii)
         nature = None if known.record is None else known.record.means(place)
         led = leads([each.rate for each in found], nature)
         so_far = [*(look.leads for look in looks), led]
-        flagged = [] if nature is None else flags(so_far, question.config)
-        looks.append(Look(radius, found, led, flagged))
+        flagged = [] if nature is None else flags(so_far, config)
+        if own:
+            flagged = [] if nature is None else suspects(led, config.lead_own)
+        radius = config.own_radius if own else config.radii[place]
+        looks.append(Look(radius or 0.0, own, found, led, flagged))
         if flagged:
             break
     score, foremost = _foremost(looks)
@@ -78,7 +95,7 @@ def examine(net: nn.Module, question: Question) -> Answer:
     details = {
         "looks": [look.document() for look in looks],
         "flagged": flagged,
-        "radius": looks[-1].radius if flagged else None,
+        "radius": _standing(looks) if flagged else None,
         "leads": _furthest(looks),
         "unseen": _unseen(looks),
         "calibration": known.document(),
@@ -115,12 +132,42 @@ def _furthest(looks: Sequence[Look]) -> list[float]:
     return [max((each for each in led if each is not None), default=0.0) for led in told]
 
 
+def _standing(looks: Sequence[Look]) -> float:
+    """The radius of universal patterns at which somebody stood out, or the largest."""
+    return [look.radius for look in looks if not look.own][-1]
+
+
+def _searched(net: nn.Module, question: Question) -> Iterator[tuple[Inverted, ...]]:
+    """Every class's pattern and rate, look by look, as they are asked for."""
+    config = question.config
+    found: tuple[Inverted, ...] = ()
+    for radius in config.radii:
+        yield (found := search(net, question, radius=radius, detector=NAME))
+    if config.own_radius is not None:
+        yield tuple(
+            replace(each, rate=rate)
+            for each, rate in zip(found, _own(net, question, config.own_radius), strict=True)
+        )
+
+
+def _own(net: nn.Module, question: Question, radius: float) -> list[Rate]:
+    """Each class's rate where every image has a perturbation of its own."""
+    data, _ = halves(question.data, seed=question.seed)
+    data = data.take(range(min(len(data), _IMAGES)))
+    x = torch.from_numpy(data.x).to(question.device)
+    y = torch.from_numpy(data.y).to(question.device)
+    net = net.to(question.device)
+    found: list[Rate] = []
+    for target in range(data.classes):
+        found.append(reach(net, x, y, target, radius=radius))
+        best = max(each.rate for each in found)
+        question.progress("own perturbations", len(found), data.classes, {"rate_max": best})
+    return found
+
+
 def rates(net: nn.Module, question: Question) -> tuple[tuple[float, ...], ...]:
-    """Log-odds of every class's rate at every radius, radii × classes."""
-    return tuple(
-        tuple(odds(each.rate) for each in search(net, question, radius=radius, detector=NAME))
-        for radius in question.config.radii
-    )
+    """Log-odds of every class's rate at every look, looks × classes."""
+    return tuple(tuple(odds(each.rate) for each in found) for found in _searched(net, question))
 
 
 def odds(rate: Rate) -> float:

@@ -82,6 +82,10 @@ class AuditSection(Section):
     lead_twice: Positive = Field(
         1.25, description="the same, of a class that leads by so much at two radii"
     )
+    own_radius: Positive | None = Field(
+        1.4, description="the profile's last look: each image its own perturbation; null: none"
+    )
+    lead_own: Positive = Field(1.0, description="lead of a class that is flagged there")
     calibration: str | None = Field(None, description="calibration file made on clean networks")
     shadows: int = Field(0, ge=0, description="clean shadow networks to train for calibration")
     shadow_loop: Loop = Field(

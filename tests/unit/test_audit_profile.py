@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import toys
 from mlflow_kdguard import audit, detox
+from mlflow_kdguard.adversary import inversion
 from mlflow_kdguard.audit import calibration, natural, profile
 from mlflow_kdguard.config import AuditSection, DetoxSection, Loop
 from mlflow_kdguard.data import Dataset
@@ -20,7 +21,7 @@ from mlflow_kdguard.records import AuditReport, Finding, Rate, Source, silent
 from mlflow_kdguard_cli import render
 
 CPU = torch.device("cpu")
-FAST = AuditSection(detectors=("profile",), radii=(1.0, 2.0), steps=4, batch=16)
+FAST = AuditSection(detectors=("profile",), radii=(1.0, 2.0), own_radius=0.5, steps=4, batch=16)
 LINE = tuple(0.0 for _ in range(10))
 
 
@@ -41,7 +42,8 @@ def nature(net: Classifier, path: Path, *profiles: tuple[tuple[float, ...], ...]
         architecture=net.architecture,
         regime=calibration.Regime(eps=0.0, pgd_steps=0, loop=Loop(epochs=1)),
         data=Source(uri=data.uri, sha256=data.sha256),
-        images=len(data), radii=FAST.radii, steps=FAST.steps, batch=FAST.batch, seed=0,
+        images=len(data), radii=FAST.radii, own_radius=FAST.own_radius, steps=FAST.steps,
+        batch=FAST.batch, seed=0,
         profiles=profiles,
     )  # fmt: skip
     calibration.write_json(path, record.document())
@@ -154,9 +156,9 @@ def test_a_class_that_nature_does_not_reach_is_flagged_at_the_first_radius(tmp_p
 
 def test_a_larger_radius_is_looked_at_where_the_smaller_shows_nothing(tmp_path: Path) -> None:
     net = toys.shortcut()
-    (small, large), low = own(net), [-9.0] * 10
-    hidden = tuple(low[place] if place == 6 else each for place, each in enumerate(large))
-    found = finding(net, nature(net, tmp_path / "n.json", (small, hidden)))
+    (small, large, each), low = own(net), [-9.0] * 10
+    hidden = tuple(low[place] if place == 6 else rate for place, rate in enumerate(large))
+    found = finding(net, nature(net, tmp_path / "n.json", (small, hidden, each)))
     assert found.details["flagged"] == [6]
     assert found.details["radius"] == 2.0
 
@@ -172,7 +174,40 @@ def test_a_class_that_stands_out_a_little_at_two_radii_is_flagged_at_the_second(
     found = finding(net, config)
     assert [look["flagged"] for look in found.details["looks"]] == [[], [3]]
     assert found.details["radius"] == 2.0
-    assert not finding(net, config.model_copy(update={"lead_twice": 1.7})).flagged
+    assert not finding(net, config.model_copy(update={"lead_twice": 1.7, "lead_own": 1.7})).flagged
+
+
+def test_a_class_that_is_near_from_everywhere_is_flagged_by_the_last_look(tmp_path: Path) -> None:
+    """No universal pattern leads to it; each image has its own way there."""
+    net = toys.shortcut({})
+    small, large, each = own(net)
+    near = tuple(rate - 1.2 * (place == 3) for place, rate in enumerate(each))
+    config = nature(net, tmp_path / "n.json", (small, large, near))
+    found = finding(net, config)
+    assert [look["flagged"] for look in found.details["looks"]] == [[], [], [3]]
+    assert [look["own"] for look in found.details["looks"]] == [False, False, True]
+    assert found.details["radius"] == 2.0  # unlearning is universal: the largest radius
+    assert not finding(net, config.model_copy(update={"lead_own": 1.3})).flagged
+
+
+def test_without_the_last_look_there_is_none(tmp_path: Path) -> None:
+    net, config = toys.shortcut({}), FAST.model_copy(update={"own_radius": None})
+    assert len(finding(net, config).details["looks"]) == 2
+    with pytest.raises(ConfigError, match="own radius"):
+        finding(net, nature(net, tmp_path / "n.json", own(net)).model_copy(
+            update={"own_radius": None}))  # fmt: skip
+
+
+@given(st.floats(0.05, 0.4))
+@settings(max_examples=8, deadline=None)
+def test_a_larger_ball_reaches_no_less_from_each_image(radius: float) -> None:
+    """Of a linear network, where each step leads the right way."""
+    data = digits(60)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    x, y = torch.from_numpy(data.x), torch.from_numpy(data.y)
+    less, more = (inversion.reach(net, x, y, 4, radius=each) for each in (radius, 2.5 * radius))
+    assert less.n == more.n == int((data.y != 4).sum())
+    assert more.k >= less.k
 
 
 def test_without_a_calibration_nothing_is_flagged_and_the_verdict_is_undecided() -> None:
@@ -194,7 +229,7 @@ def test_shadows_are_kept_in_the_file_and_other_settings_are_refused(tmp_path: P
     net = toys.shortcut()
     finding(net, config)
     record = calibration.load(path, natural.Natural)
-    assert np.array(record.profiles).shape == (2, 2, 10)
+    assert np.array(record.profiles).shape == (2, 3, 10)
     for change in ({"radii": (1.0,)}, {"steps": 5}):
         with pytest.raises(ConfigError, match="made for something else"):
             finding(net, config.model_copy(update=change))
