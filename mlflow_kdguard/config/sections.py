@@ -132,6 +132,9 @@ class DetoxSection(Section):
     unlearn_part: Literal["head", "all"] = Field(
         "head", description="what unlearning trains: the last layers, or all"
     )
+    unlearn_keep: Share = Field(
+        0.9, description="weight of the teacher's answers to clean images against their labels"
+    )
     bank: int = Field(4, ge=1, description="perturbations kept in the bank")
     batch: int = Field(64, ge=1, description="images a step")
     options: dict[str, float] = Field(default_factory=dict, description="of fine_tune, nad, …")

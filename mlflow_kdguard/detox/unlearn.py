@@ -4,11 +4,14 @@ A bank of universal perturbations δ_j with ‖δ_j‖₂ <= radius (pixels) is 
 the suspects. Each step moves one of them a step towards its class, on images of other classes,
 and then trains the copy to answer as labelled with and without it:
 
-    CE(D(x), y) + CE(D(clip(x + δ_j)), y)
+    (1 - k)·CE(D(x), y) + k·τ²·KL(P(x)/τ ‖ D(x)/τ) + CE(D(clip(x + δ_j)), y)
+
+with k = `detox.unlearn_keep` and τ = 2: what the raw teacher P knows of clean images is worth more
+than their few labels, and is what a small clean set would overwrite.
 
 By default (`detox.unlearn_part: head`) only the last layers are trained, and what comes before
-stays the teacher's: less is forgotten, and the reference computes it once (`nets.trunk`). A network
-that is not of the zoo is trained as a whole. Decision 106.
+stays the teacher's: the trigger is forgotten sooner, and the reference computes it once
+(`nets.trunk`). A network that is not of the zoo is trained as a whole. Decisions 106, 108.
 
 Adversarial unlearning of implicit backdoors (I-BAU, Zeng et al., arXiv:2110.03735) inspired the
 form; here it is aimed at the suspect classes only, and the bank keeps a memory of old patterns.
@@ -39,6 +42,8 @@ _REDRAWN = 0.04
 """Probability that a pattern is drawn afresh before its step."""
 _START = 0.3
 """Norm of a fresh pattern as a share of the radius."""
+_TEMPERATURE = 2.0
+"""Of the softmax whose answers are kept."""
 _STEP = 0.25
 """Step of a pattern as a share of the radius."""
 
@@ -51,10 +56,12 @@ class _Training:
     def __init__(
         self,
         net: nn.Module,
+        teacher: nn.Module,
         suspects: tuple[int, ...],
         shape: tuple[int, ...],
         config: DetoxSection,
     ) -> None:
+        self._teacher = teacher
         self.steps = config.unlearn_steps
         self.module = net
         self._frozen = trunk(net) if config.unlearn_part == "head" else nn.ModuleList()
@@ -77,13 +84,25 @@ class _Training:
         self._frozen.eval()
         self.optimizer.zero_grad(set_to_none=True)
         both = torch.cat([x, (x + delta).clamp(0.0, 1.0)])
-        # The mean over both halves times two is the sum of the two means.
-        loss = functional.cross_entropy(self.module(both), torch.cat([y, y]))
+        plain, moved = self.module(both).chunk(2)
+        # Half the sum of both terms: one mean over all images, where nothing is kept.
+        loss = 0.5 * (self._clean(x, y, plain) + functional.cross_entropy(moved, y))
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.param_groups[0]["lr"] = one_cycle(step, self.steps, self._config.unlearn_lr)
         self.optimizer.step()
         self.module.eval()
         return loss.detach()
+
+    def _clean(self, x: Tensor, y: Tensor, logits: Tensor) -> Tensor:
+        """Labels and the raw teacher's answers, on images without a pattern."""
+        keep, loss = self._config.unlearn_keep, functional.cross_entropy(logits, y)
+        if keep == 0.0:
+            return loss
+        with torch.no_grad():
+            told = (self._teacher(x) / _TEMPERATURE).log_softmax(1)
+        own = (logits / _TEMPERATURE).log_softmax(1)
+        apart = functional.kl_div(own, told, reduction="batchmean", log_target=True)
+        return (1.0 - keep) * loss + keep * _TEMPERATURE**2 * apart
 
     def _pattern(self, x: Tensor, y: Tensor, step: int, generator: torch.Generator) -> Tensor:
         bank, slot = self.memory["bank"], step % self._slots
@@ -115,7 +134,7 @@ def slots(bank: int, suspects: int) -> int:
 def cleanse(state: State, work: Work) -> State:
     """Train the copy until universal perturbations no longer reach the suspect classes."""
     copy = deepcopy(state.copy).to(work.device).requires_grad_(True)
-    training = _Training(copy, state.suspects, state.train.shape, work.config)
+    training = _Training(copy, state.teacher, state.suspects, state.train.shape, work.config)
     preview = state.preview(copy)
     kept = drive(training, state, work, lambda: state.judge(preview, work.device), undo=False)
     keep(state, work, NAME, {"": copy}, "copy")

@@ -72,7 +72,7 @@ def test_slots_are_shared_evenly_by_the_suspects() -> None:
 def test_patterns_rotate_over_the_suspects_and_stay_in_the_ball() -> None:
     x, y = (torch.from_numpy(each) for each in toys.digits(64))
     config = DetoxSection(bank=4, unlearn_radius=0.9, unlearn_steps=6)
-    training = _Training(toys.cnn(), (2, 7), (1, 8, 8), config)
+    training = _Training(toys.cnn(), toys.cnn(), (2, 7), (1, 8, 8), config)
     bank = training.memory["bank"]
     for step in range(6):
         before = bank.clone()
@@ -86,7 +86,7 @@ def test_a_pattern_moves_towards_its_own_suspect() -> None:
     """Even slots belong to the first suspect, odd ones to the second."""
     x, y = (torch.from_numpy(each) for each in toys.digits(200))
     net = toys.cnn().eval()
-    training = _Training(net, (2, 7), (1, 8, 8), DetoxSection(bank=2, unlearn_radius=0.9))
+    training = _Training(net, net, (2, 7), (1, 8, 8), DetoxSection(bank=2, unlearn_radius=0.9))
 
     def towards(delta: torch.Tensor, target: int) -> float:
         images = (x[y != target] + delta).clamp(0, 1)
@@ -101,7 +101,7 @@ def test_a_pattern_moves_towards_its_own_suspect() -> None:
 
 def test_a_batch_of_the_suspect_alone_does_not_stop_it() -> None:
     x, _ = toys.digits(16)
-    training = _Training(toys.cnn(), (3,), (1, 8, 8), DetoxSection(unlearn_steps=2))
+    training = _Training(toys.cnn(), toys.cnn(), (3,), (1, 8, 8), DetoxSection(unlearn_steps=2))
     loss = training.advance(
         torch.from_numpy(x), torch.full((16,), 3), 0, torch.Generator().manual_seed(0)
     )
