@@ -130,10 +130,10 @@ class DetoxSection(Section):
         2.8, description="L2 radius of the perturbation bank; auto: by the profile's radius"
     )
     unlearn_part: Literal["head", "all"] = Field(
-        "head", description="what unlearning trains: the last layers, or all"
+        "all", description="what unlearning trains: all layers, or the last ones"
     )
     unlearn_keep: Share = Field(
-        0.9, description="weight of the teacher's answers to clean images against their labels"
+        0.0, description="weight of the teacher's answers to clean images against their labels"
     )
     bank: int = Field(4, ge=1, description="perturbations kept in the bank")
     batch: int = Field(64, ge=1, description="images a step")

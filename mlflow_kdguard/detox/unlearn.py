@@ -6,12 +6,13 @@ and then trains the copy to answer as labelled with and without it:
 
     (1 - k)·CE(D(x), y) + k·τ²·KL(P(x)/τ ‖ D(x)/τ) + CE(D(clip(x + δ_j)), y)
 
-with k = `detox.unlearn_keep` and τ = 2: what the raw teacher P knows of clean images is worth more
-than their few labels, and is what a small clean set would overwrite.
+with τ = 2 and k = `detox.unlearn_keep`: what the raw teacher P says of clean images saves the
+copy's accuracy, and some of the backdoor too, where natural images touch the trigger (decision
+108).
 
-By default (`detox.unlearn_part: head`) only the last layers are trained, and what comes before
-stays the teacher's: the trigger is forgotten sooner, and the reference computes it once
-(`nets.trunk`). A network that is not of the zoo is trained as a whole. Decisions 106, 108.
+With `detox.unlearn_part: head` only the last layers are trained, and what comes before stays the
+teacher's: the reference computes it once (`nets.trunk`). A network that is not of the zoo is
+trained as a whole (decision 106).
 
 Adversarial unlearning of implicit backdoors (I-BAU, Zeng et al., arXiv:2110.03735) inspired the
 form; here it is aimed at the suspect classes only, and the bank keeps a memory of old patterns.

@@ -101,13 +101,18 @@ def test_attacks_that_are_trained_have_the_options_that_are_drawn(seed: int) -> 
         assert all(0 < value <= 32 for value in section.options.values())
 
 
-def test_the_instances_of_the_first_freeze_are_kept_as_they_were_drawn() -> None:
+@pytest.mark.parametrize(
+    ("freeze", "seed", "count", "rows"), [("drawn", 175265402, 4, 5), ("second", 1967338489, 8, 8)]
+)
+def test_instances_of_earlier_freezes_are_kept_as_they_were_drawn(
+    freeze: str, seed: int, count: int, rows: int
+) -> None:
     """Rows of the specification say what a seed of then said."""
-    drawn = instances.drawn(seed=175265402, count=4, classes=10, side=28)
-    kept = {name: told for name, told in SPEC["rows"].items() if name.startswith("drawn-")}
-    assert len(kept) == 5
+    drawn = instances.drawn(seed=seed, count=count, classes=10, side=28)
+    kept = {name: told for name, told in SPEC["rows"].items() if name.startswith(f"{freeze}-")}
+    assert len(kept) == rows
     for name, told in drawn.items():
-        assert {**told, "use": "development"} == kept[name.replace("new", "drawn")]
+        assert {**told, "use": "development"} == kept[name.replace("new", freeze)]
 
 
 def test_development_and_held_out_rows_are_told_apart() -> None:

@@ -106,3 +106,18 @@ def test_a_batch_of_the_suspect_alone_does_not_stop_it() -> None:
         torch.from_numpy(x), torch.full((16,), 3), 0, torch.Generator().manual_seed(0)
     )
     assert torch.isfinite(loss)
+
+
+def test_what_is_kept_is_the_teachers_answer_to_clean_images() -> None:
+    """All of it: the clean term is nothing where the copy says what the teacher says, whatever the
+    labels; none of it: it is their cross-entropy."""
+    x, y = (torch.from_numpy(each) for each in toys.digits(64))
+    net, wrong = toys.cnn().eval(), (y + 1) % 10
+    for keep, expected in ((1.0, 0.0), (0.0, None)):
+        config = DetoxSection(unlearn_keep=keep)
+        training = _Training(net, net, (2,), (1, 8, 8), config)
+        loss = float(training._clean(x, wrong, net(x)).detach())
+        told = float(torch.nn.functional.cross_entropy(net(x), wrong).detach())
+        assert loss == pytest.approx(told if expected is None else expected, abs=1e-5)
+    between = _Training(net, net, (2,), (1, 8, 8), DetoxSection(unlearn_keep=0.75))
+    assert float(between._clean(x, wrong, net(x)).detach()) == pytest.approx(0.25 * told, abs=1e-5)
