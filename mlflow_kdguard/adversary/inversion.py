@@ -114,8 +114,9 @@ def reach(
     """How many images of other classes reach `target` by a small perturbation of their own.
 
     Projected gradient descent from each image, steps of 1.5·radius/steps in an L2 ball of
-    `radius`. A trigger that is made for each image leaves no universal pattern, but it makes its
-    class near from everywhere. Raises DataError, NonFiniteError.
+    `radius`; black and white pixels stay as they are, so that what an image shows is changed and
+    nothing is drawn beside it. A trigger that is made for each image leaves no universal pattern,
+    but it makes its class near from everywhere. Raises DataError, NonFiniteError.
     """
     others, hits = _others(y, target).to(x.device), 0
     with _frozen(net):
@@ -124,7 +125,9 @@ def reach(
             labels = torch.full((len(images),), target, device=x.device)
             delta = torch.zeros_like(images)
             for _ in range(steps):
-                gradient = slope(net, images, labels, delta)
+                moved = images + delta
+                inside = (moved > _EDGE) & (moved < 1.0 - _EDGE)
+                gradient = slope(net, images, labels, delta) * inside
                 delta = descend(delta, gradient, step=1.5 * radius / steps, radius=radius)
             with torch.no_grad():
                 answers = net((images + delta).clamp(0.0, 1.0)).argmax(1)
