@@ -85,7 +85,7 @@ class AuditSection(Section):
     own_radius: Positive | None = Field(
         1.4, description="the profile's last look: each image its own perturbation; null: none"
     )
-    lead_own: Positive = Field(1.0, description="lead of a class that is flagged there")
+    lead_own: Positive = Field(0.95, description="lead of a class that is flagged there")
     calibration: str | None = Field(None, description="calibration file made on clean networks")
     shadows: int = Field(0, ge=0, description="clean shadow networks to train for calibration")
     shadow_loop: Loop = Field(
