@@ -181,3 +181,29 @@ def test_one_epoch_runs(write: Callable[[Path], Sets], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert set(row["scores"]) == {"clean teacher", "no teacher", "none", "guard"}
+
+
+@pytest.mark.slow
+def test_clean_teachers_go_through_the_audit(tmp_path: Path) -> None:
+    """Two of them, at small scale; a second run finds both and says the same."""
+    config = tmp_path / "flags.yaml"
+    config.write_text(yaml.safe_dump({
+        "extends": str(HERE / "quick.yaml"),
+        "pairs": {"small": {"teacher": {"clean_loop": {"epochs": 1}}}},
+        "guards": {"guard": {"audit": {
+            "detectors": ["profile"], "radii": [2.1, 2.8], "steps": 2, "batch": 8, "shadows": 2,
+            "shadow_eps": 0.0, "shadow_loop": {"epochs": 1}}}},
+    }))  # fmt: skip
+    said = []
+    for name in ("one.json", "two.json"):
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.guard.flags", "--config", str(config), "--count",
+             "2", "--folder", str(tmp_path / "cells"), "--out", str(tmp_path / name)],
+            capture_output=True, text=True, check=False, cwd=ROOT, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "of 2 clean teachers flagged" in done.stdout
+        said.append(json.loads((tmp_path / name).read_text()))
+    assert [each["seed"] for each in said[0]["teachers"]] == [1000, 1001]
+    assert said[0]["teachers"] == said[1]["teachers"]
+    assert said[0]["upper"] < 1.0 or len(said[0]["flagged"]) == 2
