@@ -207,3 +207,31 @@ def test_clean_teachers_go_through_the_audit(tmp_path: Path) -> None:
     assert [each["seed"] for each in said[0]["teachers"]] == [1000, 1001]
     assert said[0]["teachers"] == said[1]["teachers"]
     assert said[0]["upper"] < 1.0 or len(said[0]["flagged"]) == 2
+
+
+@pytest.mark.slow
+def test_what_is_certified_stands_beside_the_lift(tmp_path: Path) -> None:
+    """Guarded faithful distillation at small scale: bounds of guard, undefended and clean."""
+    config = tmp_path / "robust.yaml"
+    loop = {"epochs": 2}
+    config.write_text(yaml.safe_dump({
+        "extends": str(HERE / "quick.yaml"),
+        "pairs": {"small": {
+            "bounds": {"method": "crown", "eps": 0.01, "samples": 4, "classes": "top"},
+            "teacher": {"arch": "cnn:6,12", "clean_loop": dict(loop), "poison_loop": dict(loop)},
+            "student": {"arch": "cnn:4,8", "loss": "fd", "eps": 0.01, "pgd_steps": 1, **loop}}},
+        "guards": {"guard": {"unlearn_steps": 4}},
+    }))  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.guard", "--config", str(config), "--folder",
+         str(tmp_path / "cells"), "--out", str(tmp_path / "out.json")],
+        capture_output=True, text=True, check=False, cwd=ROOT, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    faith = row["faith"]
+    assert set(faith) == {"clean teacher", "none", "guard"}  # without a teacher there is no gap
+    assert all(0 <= each["lower"] <= each["upper"] <= 1 for each in faith.values())
+    assert faith["clean teacher"]["ratio"] == 1.0
+    assert faith["none"]["gap"] == 0.0  # the reference is the raw teacher
+    assert faith["guard"]["gap"] > 0.0
