@@ -78,42 +78,39 @@ def examine(net: nn.Module, question: Question) -> Answer:
     config = question.config
     known = natural.of(net, question, lambda shadow: rates(shadow, question))
     looks: list[Look] = []
-    for place, found in enumerate(_searched(net, question)):
-        own = place == len(config.radii)
+    for place, (radius, own, found) in enumerate(_searched(net, question)):
         nature = None if known.record is None else known.record.means(place)
         led = leads([each.rate for each in found], nature)
         so_far = [*(look.leads for look in looks), led]
-        flagged = [] if nature is None else flags(so_far, config)
-        if own:
-            flagged = [] if nature is None else suspects(led, config.lead_own)
-        radius = config.own_radius if own else config.radii[place]
-        looks.append(Look(radius or 0.0, own, found, led, flagged))
+        flagged = [] if nature is None else flags(so_far, config, own=own)
+        looks.append(Look(radius, own, found, led, flagged))
         if flagged:
             break
-    score, foremost = _foremost(looks)
-    flagged = looks[-1].flagged
+    last, universal = looks[-1], [look for look in looks if not look.own]
+    score, foremost = _foremost([last] if last.own and last.flagged else universal, last.flagged)
     details = {
         "looks": [look.document() for look in looks],
-        "flagged": flagged,
-        "radius": _standing(looks) if flagged else None,
-        "leads": _furthest(looks),
-        "unseen": _unseen(looks),
+        "flagged": last.flagged,
+        "radius": universal[-1].radius if last.flagged else None,
+        "leads": _furthest(universal),
+        "unseen": _unseen(universal),
         "calibration": known.document(),
     }
     finding = Finding(
-        name=NAME, score=score, target=foremost.target, flagged=bool(flagged), details=details
+        name=NAME, score=score, target=foremost.target, flagged=bool(last.flagged), details=details
     )
-    patterns = [looks[-1].found[label] for label in flagged] or [foremost]
+    patterns = [last.found[label] for label in last.flagged] or [foremost]
     return Answer(finding, tuple((trigger(each), each.target) for each in patterns))
 
 
-def _foremost(looks: Sequence[Look]) -> tuple[float, Inverted]:
-    """The largest lead and its pattern; where no class counts, the pattern that works best."""
+def _foremost(looks: Sequence[Look], flagged: Sequence[int]) -> tuple[float, Inverted]:
+    """The largest lead and its pattern, of flagged classes where there are any; where no class
+    counts, the pattern that works best."""
     pairs = [
         (lead, each)
         for look in looks
         for lead, each in zip(look.leads, look.found, strict=True)
-        if lead is not None
+        if lead is not None and (not flagged or each.target in flagged)
     ]
     if not pairs:
         return 0.0, max(looks[-1].found, key=lambda each: each.rate.rate)
@@ -132,22 +129,20 @@ def _furthest(looks: Sequence[Look]) -> list[float]:
     return [max((each for each in led if each is not None), default=0.0) for led in told]
 
 
-def _standing(looks: Sequence[Look]) -> float:
-    """The radius of universal patterns at which somebody stood out, or the largest."""
-    return [look.radius for look in looks if not look.own][-1]
-
-
-def _searched(net: nn.Module, question: Question) -> Iterator[tuple[Inverted, ...]]:
-    """Every class's pattern and rate, look by look, as they are asked for."""
+def _searched(
+    net: nn.Module, question: Question
+) -> Iterator[tuple[float, bool, tuple[Inverted, ...]]]:
+    """Radius, whether each image has its own perturbation, and every class's pattern and rate, look
+    by look, as they are asked for."""
     config = question.config
     found: tuple[Inverted, ...] = ()
     for radius in config.radii:
-        yield (found := search(net, question, radius=radius, detector=NAME))
+        found = search(net, question, radius=radius, detector=NAME)
+        yield radius, False, found
     if config.own_radius is not None:
-        yield tuple(
-            replace(each, rate=rate)
-            for each, rate in zip(found, _own(net, question, config.own_radius), strict=True)
-        )
+        rates = _own(net, question, config.own_radius)
+        pairs = zip(found, rates, strict=True)
+        yield config.own_radius, True, tuple(replace(each, rate=rate) for each, rate in pairs)
 
 
 def _own(net: nn.Module, question: Question, radius: float) -> list[Rate]:
@@ -167,7 +162,7 @@ def _own(net: nn.Module, question: Question, radius: float) -> list[Rate]:
 
 def rates(net: nn.Module, question: Question) -> tuple[tuple[float, ...], ...]:
     """Log-odds of every class's rate at every look, looks × classes."""
-    return tuple(tuple(odds(each.rate) for each in found) for found in _searched(net, question))
+    return tuple(tuple(odds(each.rate) for each in found) for *_, found in _searched(net, question))
 
 
 def odds(rate: Rate) -> float:
@@ -188,8 +183,13 @@ def leads(found: list[Rate], nature: tuple[float, ...] | None) -> list[float | N
     return [each - shared if counts else None for each, counts in zip(over, counted, strict=True)]
 
 
-def flags(so_far: Sequence[list[float | None]], config: AuditSection) -> list[int]:
-    """The suspects after the last of these looks, radii × classes: at it, or by two of them."""
+def flags(
+    so_far: Sequence[list[float | None]], config: AuditSection, *, own: bool = False
+) -> list[int]:
+    """The suspects after the last of these looks, looks × classes: at it, or by two of them; where
+    each image has its `own` perturbation, at it alone."""
+    if own:
+        return suspects(so_far[-1], config.lead_own)
     return suspects(so_far[-1], config.lead) or suspects(twice(so_far), config.lead_twice)
 
 

@@ -57,14 +57,18 @@ class Fork(nn.Module):
 
 
 def _units(net: nn.Module) -> Units:
-    """The units of a network of the zoo, in the order of computation."""
-    if not isinstance(net, Classifier) or not isinstance(net.body, nn.Sequential):
+    """The units of a network of the zoo, in the order of computation.
+
+    None of a subclass, whose forward may be another.
+    """
+    if type(net) is not Classifier or type(net.body) is not nn.Sequential:
         return []
     return list(_flat(net.body, ""))
 
 
 def _flat(row: nn.Sequential, before: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, unit in row.named_children():
+    # Not named_children: it leaves out a module that stands in the row a second time.
+    for name, unit in row._modules.items():
         if type(unit) is nn.Sequential:
             yield from _flat(unit, f"{before}{name}.")
         else:

@@ -190,6 +190,31 @@ def test_a_class_that_is_near_from_everywhere_is_flagged_by_the_last_look(tmp_pa
     assert not finding(net, config.model_copy(update={"lead_own": 1.3})).flagged
 
 
+def test_the_target_is_a_class_that_is_flagged(tmp_path: Path) -> None:
+    """Also where another one leads by more, but once."""
+    net = toys.shortcut({})
+    small, large, each = own(net)
+    small = tuple(rate - 1.3 * (place == 3) for place, rate in enumerate(small))
+    large = tuple(
+        rate - 1.3 * (place == 3) - 2.0 * (place == 5) for place, rate in enumerate(large)
+    )
+    found = finding(net, nature(net, tmp_path / "n.json", (small, large, each)))
+    assert found.details["flagged"] == [3]
+    assert found.target == 3
+
+
+def test_the_last_look_does_not_make_a_class_seen(tmp_path: Path) -> None:
+    """It sees triggers that are made for each image, and hardly any other."""
+    net = toys.shortcut({})
+    small, large, each = own(net)
+    small, large = (
+        tuple(9.0 if place == 3 else rate for place, rate in enumerate(row))
+        for row in (small, large)
+    )
+    found = finding(net, nature(net, tmp_path / "n.json", (small, large, each)))
+    assert found.details["unseen"] == [3]
+
+
 def test_without_the_last_look_there_is_none(tmp_path: Path) -> None:
     net, config = toys.shortcut({}), FAST.model_copy(update={"own_radius": None})
     assert len(finding(net, config).details["looks"]) == 2

@@ -83,6 +83,32 @@ def test_other_pixels_share_nothing() -> None:
     assert torch.equal(right, other(pixels()))
 
 
+def test_a_module_that_stands_twice_in_a_row_is_computed_twice() -> None:
+    """The caller's own network may use one activation in many places."""
+    net, relu = toys.mlp(), nn.ReLU()
+    net.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), relu, nn.Linear(9, 9), relu,
+                             nn.Linear(9, 10))  # fmt: skip
+    left, right = Fork(net, other := with_another_head(net))(pixels())
+    assert torch.equal(left, net(pixels()))
+    assert torch.equal(right, other(pixels()))
+    assert len(trunk(net)) == 3
+
+
+class Twice(nn.Sequential):
+    """A row whose forward is another."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(super().forward(x).repeat_interleave(7, 1)[:, :64])
+
+
+def test_a_row_with_a_forward_of_its_own_is_no_row_of_units() -> None:
+    net = toys.mlp()
+    net.body = Twice(nn.Flatten(), nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 10))
+    assert len(trunk(net)) == 0
+    left, _ = Fork(net, deepcopy(net))(pixels())
+    assert torch.equal(left, net(pixels()))
+
+
 def test_of_networks_that_are_no_row_of_units_nothing_is_shared() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Linear(5, 10))
     assert len(trunk(net)) == 0
