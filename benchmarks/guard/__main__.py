@@ -26,20 +26,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.guard import picture, specification, sweep
+from benchmarks.guard import command, picture, sweep
 from benchmarks.guard.cells import CLEAN_TEACHER, FLOORS, NO_TEACHER, NONE, Cells, Judged
-from benchmarks.guard.ending import ended
 from benchmarks.guard.rows import Guard, Row, chosen, rows
-from benchmarks.guard.rows import guards as guards_of
 from benchmarks.guard.scores import Faith, Score, faith, score, valid
 from benchmarks.guard.teachers import JUDGES
 from benchmarks.record import machine, write
-from mlflow_kdguard import devices
-from mlflow_kdguard.errors import UsageError
 
-HERE = Path(__file__).parent
 HEAD = (
     "guard                     accuracy    drop     asr    base    lift  [lower,  upper]   kept"
     "  seconds"
@@ -49,18 +42,16 @@ HEAD = (
 def main() -> None:
     """Make the cells, print the tables, record them; end with the command line's exit codes."""
     given = _options()
-    with ended(given.folder):
+    with command.ended(given.folder):
         _run(given)
 
 
 def _run(given: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    spec = specification.read(given.config)
-    device = devices.pick(given.device)
-    cells = Cells(given.folder, spec["sets"], on=given.on, device=device, root=given.data_root)
-    known = guards_of(spec)
+    begun = command.begin(given, on=given.on)
+    spec, cells = begun.spec, begun.cells
     core = {} if given.full else spec.get("core", {})
-    guards = {name: known[name] for name in _named(given.guards or core.get("guards"), list(known))}
+    names = given.guards or core.get("guards") or list(begun.guards)
+    guards = begun.named([NONE, *names])  # every score needs the undefended student
     asked = any((given.rows, given.pairs, given.use))
     names, pairs = (given.rows, given.pairs) if asked else (core.get("rows"), core.get("pairs"))
     picked = [
@@ -78,39 +69,15 @@ def _run(given: argparse.Namespace) -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__ or "", out="guard.json")
     for name in ("rows", "guards", "pairs"):
         parser.add_argument(f"--{name}", type=lambda text: text.split(","))
     parser.add_argument("--use")
-    parser.add_argument("--seeds", type=_count)
+    parser.add_argument("--seeds", type=command.count)
     parser.add_argument("--on", choices=JUDGES, default=JUDGES[-1])
-    parser.add_argument("--config", type=Path, default=HERE / "spec.yaml")
     parser.add_argument("--full", action="store_true")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--jobs", type=_count, default=1)
-    parser.add_argument("--folder", type=Path, default=Path("kdguard-work/guard"))
-    parser.add_argument("--out", default="guard.json")
     parser.add_argument("--picture", type=Path)
     return parser.parse_args()
-
-
-def _count(text: str) -> int:
-    if (count := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{count} is less than 1")
-    return count
-
-
-def _named(asked: Sequence[str] | None, known: list[str]) -> list[str]:
-    """The guards that were asked for, after none at all, which every score needs."""
-    unknown = set(asked or ()) - set(known)
-    if unknown:
-        raise UsageError(
-            f"there is no guard {', '.join(sorted(unknown))}.", remedy=f"Known: {', '.join(known)}."
-        )
-    return [name for name in known if name == NONE or asked is None or name in asked]
 
 
 def _told(cells: Cells, row: Row, seeds: Sequence[int], guards: dict[str, Guard]) -> dict[str, Any]:

@@ -12,14 +12,7 @@ import numpy as np
 from torch import nn
 
 from benchmarks.guard import bounds
-from benchmarks.guard.kept import (
-    CONTROL,
-    DONE,
-    POISONED,
-    Judged,
-    Taught,
-    once,
-)
+from benchmarks.guard.kept import CONTROL, DONE, POISONED, Judged, Taught, once
 from benchmarks.guard.rows import Guard, Row
 from benchmarks.guard.teachers import Teachers
 from mlflow_kdguard import distill
@@ -37,12 +30,8 @@ from mlflow_kdguard.triggers import Trigger
 
 CLEAN_TEACHER, NO_TEACHER, NONE = "clean teacher", "no teacher", "none"
 FLOORS = (CLEAN_TEACHER, NO_TEACHER)
-THRESHOLDS = {
-    "lead",
-    "lead_twice",
-    "lead_own",
-    "alpha",
-}  # of audits: no calibration depends on them
+THRESHOLDS = frozenset({"lead", "lead_twice", "lead_own", "alpha"})
+"""Fields of audits on which no calibration depends."""
 
 
 class Cells(Teachers):
@@ -87,7 +76,7 @@ class Cells(Teachers):
         if not audit.shadows:
             return audit
         told = {"architecture": net.architecture.model_dump(mode="json"),
-                "audit": audit.model_dump(mode="json", exclude=THRESHOLDS),
+                "audit": audit.model_dump(mode="json", exclude=set(THRESHOLDS)),
                 "clean": self.clean.sha256, **self.where}  # fmt: skip
         name = f"{digest_json(told)[:24]}.json"
 

@@ -13,26 +13,17 @@ of false flags. Teachers and audits are kept in --folder: a run that was killed 
 """
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
-import torch
-from rich.progress import track
 from scipy.stats import beta
 
-from benchmarks.guard import specification
+from benchmarks.guard import command, sweep
 from benchmarks.guard.cells import Cells
-from benchmarks.guard.ending import ended
-from benchmarks.guard.rows import Guard, Row, chosen, guards, rows
+from benchmarks.guard.rows import Guard, Row, chosen, rows
 from benchmarks.record import machine, write
-from mlflow_kdguard import devices
 from mlflow_kdguard.errors import UsageError
-
-HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +38,23 @@ class Asked:
 def main() -> None:
     """Train, audit, print, record; end with the command line's exit codes."""
     given = _options()
-    with ended(given.folder):
+    with command.ended(given.folder):
         _run(given)
 
 
 def _run(given: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    spec = specification.read(given.config)
-    known = guards(spec)
-    if given.guard not in known:
-        raise UsageError(f"there is no guard {given.guard}.", remedy=f"Known: {', '.join(known)}.")
-    row = chosen(list(rows(spec)), None, given.pair and [given.pair], None)[0]
-    device = devices.pick(given.device)
-    cells = Cells(given.folder, spec["sets"], device=device, root=given.data_root)
-    asked = Asked(cells, row, known[given.guard])
-    seeds = range(given.first, given.first + given.count)
-    cells.audited(cells.plain(row, seeds[0]), asked.guard.audit, seeds[0])  # calibrates, once
-    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
-        told = list(track(pool.map(partial(_one, asked), seeds), "teachers", total=len(seeds)))
+    begun = command.begin(given)
+    (guard,) = begun.named([given.guard]).values()
+    if guard.audit.detectors != ("profile",):
+        raise UsageError(
+            f"the guard {given.guard!r} does not ask the profile.",
+            remedy="Name one whose audit.detectors is [profile].",
+        )
+    row = chosen(list(rows(begun.spec)), None, given.pair and [given.pair], None)[0]
+    asked, first = Asked(begun.cells, row, guard), given.first
+    _one(asked, first)  # what all audits share, the calibration, is made first
+    seeds = range(first, first + given.count)
+    told = sweep.each(partial(_one, asked), seeds, jobs=given.jobs, what="teachers")
     flagged = [each["seed"] for each in told if each["flagged"]]
     bound = upper(len(flagged), len(told))
     largest = max(told, key=lambda each: each["lead"])
@@ -72,20 +62,20 @@ def _run(given: argparse.Namespace) -> None:
         f"{len(flagged)} of {len(told)} clean teachers flagged (at most {bound:.3f} of all, 95 %); "
         f"largest lead {largest['lead']:.2f}, of class {largest['target']}, seed {largest['seed']}"
     )
-    body = {"guard": asked.guard.document(), "pair": row.pair, "teachers": told,
+    body = {"guard": guard.document(), "pair": row.pair, "teachers": told,
             "flagged": flagged, "upper": bound}  # fmt: skip
     print(f"wrote {write(given.out, {**machine(), **body})}")
 
 
 def _one(asked: Asked, seed: int) -> dict[str, Any]:
-    torch.set_num_threads(1)
     net = asked.cells.plain(asked.row, seed)
     report, _ = asked.cells.audited(net, asked.guard.audit, seed)
     (found,) = report.detectors
+    kept = ("radius", "own", "leads")
     return {"seed": seed, "lead": found.score, "target": found.target,
             "flagged": found.details["flagged"],
-            "looks": [{"radius": look["radius"], "leads": look["leads"]}
-                      for look in found.details["looks"]]}  # fmt: skip
+            "looks": [{key: look[key] for key in kept} for look in found.details["looks"]],
+            }  # fmt: skip
 
 
 def upper(k: int, n: int) -> float:
@@ -94,19 +84,11 @@ def upper(k: int, n: int) -> float:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", type=Path, default=HERE / "spec.yaml")
+    parser = command.parser(__doc__ or "", out="guard-flags.json")
     parser.add_argument("--guard", default="guard")
     parser.add_argument("--pair")
-    parser.add_argument("--count", type=int, default=60)
-    parser.add_argument("--first", type=int, default=1000)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--folder", type=Path, default=Path("kdguard-work/guard"))
-    parser.add_argument("--out", default="guard-flags.json")
+    parser.add_argument("--count", type=command.count, default=60)
+    parser.add_argument("--first", type=command.count, default=1000)
     return parser.parse_args()
 
 

@@ -2,10 +2,11 @@
 
 import signal
 import sys
-from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -14,6 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.guard.cells import FLOORS, Cells
 from benchmarks.guard.kept import CONTROL
 from benchmarks.guard.rows import Guard, Row
+
+Asked = TypeVar("Asked")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,29 +34,37 @@ def make(rows: Sequence[tuple[Row, Sequence[int]]], guards: Sequence[Guard], cel
          *, jobs: int) -> None:  # fmt: skip
     """Make every cell of the rows, `jobs` at a time.
 
-    What all cells of a pair share (the calibration of audits) is made first, here. Ctrl-C ends the
-    processes at once; a cell counts from when it is finished, so that little is lost.
+    What all cells of a pair share (the calibration of audits) is made first, here. A cell counts
+    from when it is finished, so that little is lost where a run ends early.
     """
     _calibrate(rows, guards, cells)
     asked = [Work(cells, row, seed, tuple(guards)) for row, seeds in rows for seed in seeds]
+    each(_one, asked, jobs=jobs, what="rows × seeds")
+
+
+def each(make: Callable[[Asked], Made], asked: Sequence[Asked], *, jobs: int,
+         what: str) -> list[Made]:  # fmt: skip
+    """What `make` says of each, in order, `jobs` processes at a time, with progress on stderr.
+
+    Ctrl-C and errors end the processes at once.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                TimeRemainingColumn())  # fmt: skip
     pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_quiet)
     with Progress(*columns, console=Console(stderr=True)) as shown:
-        task = shown.add_task("rows × seeds", total=len(asked))
-        left: set[Future[None]] = {pool.submit(_one, work) for work in asked}
+        task = shown.add_task(what, total=len(asked))
+        begun = [pool.submit(make, one) for one in asked]
         try:
-            while left:
-                done, left = wait(left, return_when=FIRST_COMPLETED)
-                for each in done:
-                    each.result()
-                    shown.advance(task)
+            for done in as_completed(begun):
+                done.result()
+                shown.advance(task)
         except BaseException:
             for process in list((pool._processes or {}).values()):
                 process.terminate()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     pool.shutdown()
+    return [done.result() for done in begun]
 
 
 def _calibrate(
@@ -69,10 +81,10 @@ def _calibrate(
 
 def _quiet() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
 
 
 def _one(work: Work) -> None:
-    torch.set_num_threads(1)
     work.cells.raw(work.row, work.seed)
     for each in (*FLOORS, *work.guards):
         work.cells.judged(work.row, each, work.seed)

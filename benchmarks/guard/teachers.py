@@ -9,15 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.guard.kept import (
-    CLEAN,
-    CONTROL,
-    POISONED,
-    TRIGGER,
-    Taught,
-    once,
-    share,
-)
+from benchmarks.guard.kept import CLEAN, CONTROL, POISONED, TRIGGER, Taught, once, share
 from benchmarks.guard.rows import Row
 from mlflow_kdguard import data
 from mlflow_kdguard.data import Dataset
