@@ -40,6 +40,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         axis.set_xscale("symlog", linthresh=0.05)
         axis.set_xlim(-0.15, 1.0)
         axis.set_xticks([-0.1, 0.0, 0.05, 0.2, 1.0], ["-.1", "0", ".05", ".2", "1"], fontsize=8)
+        axis.xaxis.set_tick_params(labelbottom=True)  # the last row may have no axis below
     for axis in axes.flat[len(shown) :]:
         axis.set_visible(False)
     axes[0][0].invert_yaxis()
